@@ -1,0 +1,1 @@
+"""Operations on tensors: each file has the mathematics, the reference in PyTorch and the entry that callers use."""

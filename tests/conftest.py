@@ -1,0 +1,56 @@
+"""What every test shares: a fresh seed printed on failure, poisoned uninitialised memory, the gpu marker."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import pytest
+import torch
+
+# Some virtual machines advertise AMX and then end the process at its first instruction; bfloat16 products meet it.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel is defined, so it is set before any is imported: kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=None, help="seed of the random inputs (default: fresh each run)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--seed") is None:
+        config.option.seed = secrets.randbelow(2**31)
+    # Memory from torch.empty is filled with NaN, so that an element left unwritten is seen.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    # Small models: threads cost more than they bring, and most of all where several processes test at once.
+    torch.set_num_threads(1)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random inputs: --seed {config.getoption('--seed')}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """This run's seed for random inputs; repeat a run with `--seed N`."""
+    value: int = request.config.getoption("--seed")
+    print(f"random inputs: --seed {value}")
+    return value
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    """A torch generator on the CPU, seeded with `seed`."""
+    return torch.Generator().manual_seed(seed)
