@@ -1,0 +1,1 @@
+"""Files to weights: where a checkpoint is found and how each layout is read."""
