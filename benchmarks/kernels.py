@@ -1,0 +1,325 @@
+"""Each operation at csm-1b's shapes: microseconds, bytes a second over a copy's, beside torch eager and compiled.
+
+Weights are cold: a timed graph goes through several copies of them, more than any cache holds. Before anything is
+timed, the operation's result is compared with torch's; a difference is an error, and no figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from aloud.kernels.attention import attention_output
+from aloud.kernels.codebook_head import codebook_head
+from aloud.kernels.embedding import embed_frame
+from aloud.kernels.linear import linear_residual, norm_linear, norm_swiglu
+from aloud.kernels.rms_norm import rms_norm
+from aloud.kernels.rope import Rope, norm_qkv_rope, rope_table
+
+from .measure import circumstances, copies_for_cold_cache, copy_bandwidth, time_calls
+
+EPS = 1e-5
+CONTEXT = 500
+"""Positions of the backbone's cache that a row attends to."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The sizes of a decoder stack that its operations depend on."""
+
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    positions: int
+    attended: int  # positions that a row attends to
+    vocabulary: int
+
+
+FULL = {
+    "backbone": Stack(2048, 8192, 32, 8, 64, 2048, CONTEXT, 2051),
+    "depth": Stack(1024, 8192, 8, 2, 128, 33, 33, 2051),
+}
+SMALL = {"backbone": Stack(64, 96, 4, 2, 16, 48, 20, 67), "depth": Stack(32, 64, 2, 1, 16, 9, 9, 67)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one set of inputs: as Aloud computes it, as torch does, and the bytes it has to move."""
+
+    ours: Callable[[], Tensor]
+    theirs: Callable[..., Tensor]
+    arguments: tuple[Tensor, ...]  # of `theirs`
+    moved_bytes: int  # each argument read once, the result written once
+    weight_bytes: int  # what is kept out of the caches
+
+
+class Inputs:
+    """Random tensors of one device and dtype, which also counts their bytes."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> None:
+        """Tensors come from `generator`, which is on `device`."""
+        self.device, self.dtype, self.generator = device, dtype, generator
+
+    def random(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal noise at `scale`."""
+        noise = torch.randn(shape, device=self.device, generator=self.generator) * scale
+        return noise.to(self.dtype)
+
+    def weight(self, outputs: int, inputs: int) -> Tensor:
+        """A matrix that keeps a vector's size."""
+        return self.random(outputs, inputs, scale=inputs**-0.5)
+
+
+def torch_rms_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """RMSNorm as torch has it."""
+    return F.rms_norm(x, (x.shape[-1],), gain, EPS)
+
+
+def norm_case(stack: Stack, rows: int, new: Inputs) -> Case:
+    """RMSNorm alone."""
+    x, gain = new.random(rows, stack.hidden_size), new.random(stack.hidden_size)
+    return _case(lambda: rms_norm(x, gain, EPS), torch_rms_norm, (x, gain), weights=(gain,), outputs=x.numel())
+
+
+def qkv_case(stack: Stack, rows: int, new: Inputs) -> Case:
+    """Norm, query/key/value product, rotation, cache write; torch's side does not write the cache."""
+    width = (stack.heads + 2 * stack.kv_heads) * stack.head_dim
+    x, gain = new.random(rows, stack.hidden_size), new.random(stack.hidden_size)
+    weight = new.weight(width, stack.hidden_size)
+    table = rope_table(Rope(500_000.0), stack.head_dim, stack.positions, new.device)
+    cache = new.random(2, rows, stack.kv_heads, stack.positions, stack.head_dim)
+    slots = torch.arange(rows, device=new.device)
+    positions = torch.full((rows,), stack.attended - 1, device=new.device)
+
+    def ours() -> Tensor:
+        return norm_qkv_rope(x, gain, EPS, weight, table, cache, slots, positions).flatten(1)
+
+    def theirs(x: Tensor, gain: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = F.linear(torch_rms_norm(x, gain), weight).view(rows, -1, stack.head_dim)
+        query, rest = heads.split([stack.heads + stack.kv_heads, stack.kv_heads], dim=1)
+        first, second = query.float().chunk(2, dim=-1)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        return torch.cat([rotated, rest], dim=1)[:, : stack.heads].flatten(1)
+
+    cos, sin = table[:, positions, None]
+    arguments = (x, gain, weight, cos, sin)
+    return _case(ours, theirs, arguments, weights=(gain, weight), outputs=rows * width)
+
+
+def attention_case(stack: Stack, rows: int, new: Inputs) -> Case:
+    """Attention of one position a row over the cache, output projection, residual."""
+    width = stack.heads * stack.head_dim
+    query = new.random(rows, stack.heads, stack.head_dim)
+    cache = new.random(2, rows, stack.kv_heads, stack.positions, stack.head_dim)
+    weight, residual = new.weight(stack.hidden_size, width), new.random(rows, stack.hidden_size)
+    slots = torch.arange(rows, device=new.device)
+    positions = torch.full((rows,), stack.attended - 1, device=new.device)
+
+    def ours() -> Tensor:
+        return attention_output(query, cache, slots, positions, weight, residual)
+
+    def theirs(query: Tensor, keys: Tensor, values: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        attended = F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True)
+        return residual + F.linear(attended.flatten(1), weight)
+
+    keys, values = cache[0, :, :, : stack.attended], cache[1, :, :, : stack.attended]
+    arguments = (query, keys, values, weight, residual)
+    return _case(ours, theirs, arguments, weights=(weight, cache), outputs=residual.numel())
+
+
+def swiglu_case(stack: Stack, rows: int, new: Inputs) -> Case:
+    """Norm, gate/up product, SwiGLU."""
+    x, gain = new.random(rows, stack.hidden_size), new.random(stack.hidden_size)
+    gate_up = new.weight(2 * stack.intermediate_size, stack.hidden_size)
+
+    def theirs(x: Tensor, gain: Tensor, gate_up: Tensor) -> Tensor:
+        gate, up = F.linear(torch_rms_norm(x, gain), gate_up).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    outputs = rows * stack.intermediate_size
+    return _case(
+        lambda: norm_swiglu(x, gain, EPS, gate_up), theirs, (x, gain, gate_up), weights=(gain, gate_up), outputs=outputs
+    )
+
+
+def down_case(stack: Stack, rows: int, new: Inputs) -> Case:
+    """Down projection and residual."""
+    x = new.random(rows, stack.intermediate_size)
+    weight, residual = new.weight(stack.hidden_size, stack.intermediate_size), new.random(rows, stack.hidden_size)
+
+    def theirs(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        return residual + F.linear(x, weight)
+
+    arguments = (x, weight, residual)
+    return _case(lambda: linear_residual(*arguments), theirs, arguments, weights=(weight,), outputs=residual.numel())
+
+
+def projector_case(stack: Stack, rows: int, new: Inputs) -> Case:
+    """Norm and a product with half as many outputs: the backbone's output to the depth decoder's input."""
+    x, gain = new.random(rows, stack.hidden_size), new.random(stack.hidden_size)
+    weight = new.weight(stack.hidden_size // 2, stack.hidden_size)
+
+    def theirs(x: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(torch_rms_norm(x, gain), weight)
+
+    outputs = rows * stack.hidden_size // 2
+    return _case(
+        lambda: norm_linear(x, gain, EPS, weight), theirs, (x, gain, weight), weights=(gain, weight), outputs=outputs
+    )
+
+
+def head_case(stack: Stack, rows: int, new: Inputs) -> Case:
+    """Final norm and one codebook's head, logits in float32."""
+    x, gain = new.random(rows, stack.hidden_size), new.random(stack.hidden_size)
+    heads = new.weight(stack.vocabulary, stack.hidden_size)[None]
+
+    def theirs(x: Tensor, gain: Tensor, head: Tensor) -> Tensor:
+        return F.linear(torch_rms_norm(x, gain), head).float()
+
+    outputs = 4 * rows * stack.vocabulary // new.dtype.itemsize
+    arguments = (x, gain, heads[0])
+    return _case(
+        lambda: codebook_head(x, gain, EPS, heads, 0), theirs, arguments, weights=(gain, heads), outputs=outputs
+    )
+
+
+def embed_case(stack: Stack, rows: int, new: Inputs) -> Case:
+    """The sum of a frame's 32 embeddings."""
+    codebooks = 32
+    table = new.random(codebooks * stack.vocabulary, stack.hidden_size)
+    codes = torch.randint(stack.vocabulary, (rows, codebooks), device=new.device, generator=new.generator)
+    offsets = torch.arange(codebooks, device=new.device) * stack.vocabulary
+
+    def theirs(codes: Tensor, table: Tensor) -> Tensor:
+        return table[codes + offsets].sum(dim=1)
+
+    read_bytes = rows * codebooks * stack.hidden_size * table.element_size()
+    moved_bytes = read_bytes + rows * stack.hidden_size * table.element_size()
+    return Case(lambda: embed_frame(codes, table, stack.vocabulary), theirs, (codes, table), moved_bytes, read_bytes)
+
+
+MAKERS: dict[str, tuple[str, Callable[[Stack, int, Inputs], Case]]] = {
+    "norm.backbone": ("backbone", norm_case),
+    "norm.depth": ("depth", norm_case),
+    "qkv.backbone": ("backbone", qkv_case),
+    "qkv.depth": ("depth", qkv_case),
+    "attention.backbone": ("backbone", attention_case),
+    "attention.depth": ("depth", attention_case),
+    "gate_up.backbone": ("backbone", swiglu_case),
+    "gate_up.depth": ("depth", swiglu_case),
+    "down.backbone": ("backbone", down_case),
+    "down.depth": ("depth", down_case),
+    "projector": ("backbone", projector_case),
+    "head.backbone": ("backbone", head_case),
+    "head.depth": ("depth", head_case),
+    "embed.backbone": ("backbone", embed_case),
+}
+
+
+def _case(
+    ours: Callable[[], Tensor],
+    theirs: Callable[..., Tensor],
+    arguments: tuple[Tensor, ...],
+    *,
+    weights: tuple[Tensor, ...],
+    outputs: int,
+) -> Case:
+    """A case whose result has `outputs` elements of the first argument's dtype."""
+    read_bytes = sum(tensor.numel() * tensor.element_size() for tensor in arguments)
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    return Case(ours, theirs, arguments, read_bytes + outputs * arguments[0].element_size(), weight_bytes)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The suite's own arguments."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="default: bfloat16")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="default: 1 to 64")
+    parser.add_argument("--cases", nargs="+", default=list(MAKERS), choices=MAKERS, metavar="CASE", help="default: all")
+    parser.add_argument("--small", action="store_true", help="small shapes, to try the suite on a CPU")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--repeats", type=int, default=50, help="replays of which the median is taken (default: 50)")
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Measure and print a table; the last line printed is one JSON document. Exits with 1 if a result is wrong."""
+    device, dtype = torch.device(parsed.device), DTYPES[parsed.dtype]
+    about, bandwidth = circumstances(device), copy_bandwidth(device)
+    print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
+    print(f"copy {bandwidth / 1e12:.3f} TB/s; {parsed.dtype}; microseconds")
+    print(f"{'case':<20}{'rows':>5}{'MB':>9}{'ours':>10}{'of copy':>9}{'eager':>10}{'compiled':>10}{'vs best':>9}")
+    results, wrong = [], []
+    for name in parsed.cases:
+        for rows in parsed.rows:
+            result = measure(name, rows, device, dtype, parsed)
+            result["copy_fraction"] = result["moved_bytes"] / result["seconds"] / bandwidth
+            results.append(result)
+            if not result["correct"]:
+                wrong.append(result)
+                print(f"{name:<20}{rows:>5}  WRONG: differs from torch by {result['difference']:.3g}")
+                continue
+            best = min(result["eager_seconds"], result["compiled_seconds"] or result["eager_seconds"])
+            compiled = f"{result['compiled_seconds'] * 1e6:>10.2f}" if result["compiled_seconds"] else f"{'-':>10}"
+            print(
+                f"{name:<20}{rows:>5}{result['moved_bytes'] / 1e6:>9.2f}{result['seconds'] * 1e6:>10.2f}"
+                f"{result['copy_fraction']:>9.1%}{result['eager_seconds'] * 1e6:>10.2f}{compiled}"
+                f"{best / result['seconds']:>9.2f}"
+            )
+    if wrong:
+        print(f"{len(wrong)} of {len(results)} results are wrong", file=sys.stderr)
+    print(json.dumps({"suite": "kernels", "about": about, "copy_bytes_per_second": bandwidth, "results": results}))
+    return 1 if wrong else 0
+
+
+def measure(
+    name: str, rows: int, device: torch.device, dtype: torch.dtype, parsed: argparse.Namespace
+) -> dict[str, Any]:
+    """Compare one case with torch, then time it and torch."""
+    stack_name, make = MAKERS[name]
+    stack = (SMALL if parsed.small else FULL)[stack_name]
+    inputs = Inputs(device, dtype, torch.Generator(device).manual_seed(0))
+    first = make(stack, rows, inputs)
+    count = copies_for_cold_cache(first.weight_bytes, device)
+    cases = [first, *(make(stack, rows, inputs) for _ in range(count - 1))]
+
+    # The bound on the difference: twice what torch itself is off in this dtype, and one rounding, because torch's fused
+    # norm rounds once where transformers, and so Aloud, round twice.
+    theirs = first.theirs(*first.arguments).float()
+    wide = [a.float() if a.is_floating_point() else a for a in first.arguments]
+    exact = first.theirs(*wide).float()
+    difference = float((first.ours().float() - exact).abs().max())
+    allowed = 2 * float((theirs - exact).abs().max()) + max(torch.finfo(dtype).eps, 1e-5) * float(exact.abs().max())
+
+    def seconds(calls: list[Callable[[], Tensor]]) -> float:
+        return time_calls(calls, device, repeats=parsed.repeats)
+
+    compiled_seconds = None
+    if not parsed.no_compile:
+        compiled = torch.compile(first.theirs, dynamic=False)
+        compiled_seconds = seconds([functools.partial(compiled, *case.arguments) for case in cases])
+    return {
+        "case": name,
+        "rows": rows,
+        "dtype": parsed.dtype,
+        "copies": count,
+        "moved_bytes": first.moved_bytes,
+        "difference": difference,
+        "allowed": allowed,
+        "correct": difference <= allowed,
+        "seconds": seconds([case.ours for case in cases]),
+        "eager_seconds": seconds([functools.partial(case.theirs, *case.arguments) for case in cases]),
+        "compiled_seconds": compiled_seconds,
+    }

@@ -1,0 +1,47 @@
+"""The embedding kernels against their references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from aloud.kernels.embedding import (
+    embed_code_reference,
+    embed_frame_reference,
+    plan_embed_code,
+    plan_embed_frame,
+)
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 15, 16, 17, 64])
+def test_frame_rows(rows: int, run: Callable, random: Callable, assert_as_close: Callable, generator) -> None:
+    table = random(4 * 11, 72, dtype=torch.bfloat16)
+    codes = torch.randint(-1, 11, (rows, 4), generator=generator)
+    expected = embed_frame_reference(codes, table, 11)
+    assert_as_close(run(plan_embed_frame, codes, table, 11), expected, embed_frame_reference(codes, table.float(), 11))
+
+
+@pytest.mark.parametrize("hidden_size", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("codebooks", [1, 2, 5, 32])
+def test_frame_sizes(codebooks, hidden_size, dtype, run, random, assert_as_close, generator) -> None:
+    """Tables whose last entries are NaN, so that a codebook too many would be seen; strided codes."""
+    table = torch.cat([random(codebooks * 7, hidden_size, dtype=dtype), torch.full((7, hidden_size), NAN, dtype=dtype)])
+    codes = torch.randint(7, (codebooks, 3), generator=generator).T
+    codes[0, 0] = -1
+    expected = embed_frame_reference(codes, table, 7)
+    assert_as_close(run(plan_embed_frame, codes, table, 7), expected, embed_frame_reference(codes, table.float(), 7))
+
+
+@pytest.mark.parametrize("hidden_size", [1, 24, 1023, 1025])
+@pytest.mark.parametrize("rows", [1, 2, 17])
+def test_code(rows: int, hidden_size: int, dtype, run, random, generator) -> None:
+    """Codes of one codebook lie a frame apart."""
+    table = random(5 * 9, hidden_size, dtype=dtype)
+    codes = torch.randint(-1, 9, (rows, 5), generator=generator)[:, 2]
+    for codebook in (0, 4):
+        ours = run(plan_embed_code, codes, table, 9, codebook)
+        assert torch.equal(ours, embed_code_reference(codes, table, 9, codebook))

@@ -1,0 +1,168 @@
+"""The ahead-of-time suite: what it reads in machine code, what it calls a fault, and what must hold of the kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from aloud.benchmarks import aot
+
+SCRIPT = """
+import json, sys
+from dataclasses import asdict
+import torch
+import triton
+import triton.language as tl
+from aloud.benchmarks.aot import Job, compile_launch, jobs, work
+from aloud.kernels.linear import plan_linear_residual
+
+def compiled(case, dtype, rows, capability):
+    outcome = work(Job(case, 0, getattr(torch, dtype), rows, capability))
+    return asdict(outcome.report) | {"error": outcome.error}
+
+def empty(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+reports = {" ".join(map(str, job)): compiled(*job) for job in json.loads(sys.argv[1])}
+shifted = empty(1 + 256 * 1024)[1:].view(256, 1024)
+launch = plan_linear_residual(empty(1, 1024), shifted, empty(1, 256), capability=90)
+reports["shifted"] = asdict(compile_launch(launch, 90))
+reports["jobs"] = [job.rows for job in jobs(["down.depth"], [90]) if job.dtype == torch.bfloat16]
+print(json.dumps(reports))
+"""
+ONE_ROW = [
+    ["qkv.backbone", "bfloat16", 1, 90],
+    ["qkv.depth", "float32", 1, 90],
+    ["gate_up.backbone", "bfloat16", 1, 100],
+    ["gate_up.depth", "bfloat16", 1, 120],
+    ["down.depth", "float16", 1, 90],
+    ["projector", "bfloat16", 1, 90],
+]
+OTHERS = [["gate_up.depth", "bfloat16", 16, 90], ["down.depth", "bfloat16", 1, 80], ["norm.backbone", "float16", 2, 90]]
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict:
+    """Reports of a few compilations, in a process in which kernels are not defined for the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(ONE_ROW + OTHERS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("job", ONE_ROW + OTHERS, ids=lambda job: " ".join(map(str, job)))
+def test_kernels_have_no_faults(job, reports):
+    report = reports[" ".join(map(str, job))]
+    assert report["faults"] == []
+    assert report["stack_bytes"] == 0
+    assert 16 < report["registers"] <= 255
+
+
+@pytest.mark.parametrize("job", ONE_ROW, ids=lambda job: " ".join(map(str, job)))
+def test_one_row_has_its_weights_under_way_before_the_wait(job, reports):
+    report = reports[" ".join(map(str, job))]
+    assert set(report["weight_loads"]) == {"16"}
+    assert report["weight_loads_after_wait"] == 0
+    before, after = report["order"].split("1xACQBULK")
+    assert before.startswith("1xPREEXIT")
+    assert "(weight)" in before
+    assert "LDG" in after
+    assert "(weight)" not in after
+
+
+def test_kernels_before_hopper_do_not_wait(reports):
+    order = reports["down.depth bfloat16 1 80"]["order"]
+    assert "ACQBULK" not in order
+    assert "PREEXIT" not in order
+
+
+def test_matrix_products_stream_through_shared_memory(reports):
+    report = reports["gate_up.depth bfloat16 16 90"]
+    assert "LDGSTS.128(weight)" in report["order"]
+    assert report["shared_bytes"] > 16 * 1024
+
+
+def test_unaligned_weights_are_found(reports):
+    assert any("narrow loads of weights" in fault for fault in reports["shifted"]["faults"])
+
+
+def test_rows_with_one_machine_code_are_compiled_once(reports):
+    assert reports["jobs"] == [1, 2, 16, 32, 64]
+
+
+LISTING = """
+	//## File "{source}", line 1
+        /*0070*/                   PREEXIT ;
+	//## File "{source}", line 2
+        /*0080*/                   LDG.E.128 R4, desc[UR6][R4.64] ;
+        /*0090*/              @!P0 LDG.E.EF.64.CONSTANT R4, [R4.64] ;
+        /*00a0*/                   LDGSTS.E.BYPASS.LTC128B.128 [R3], [R4.64] ;
+	//## File "{source}", line 3
+        /*00b0*/                   ACQBULK                      &wr=0x2          ?trans1;
+	//## File "{source}", line 4
+        /*00c0*/                   LDG.E R4, [R4.64] ;
+        /*00d0*/                   LDG.E.U16 R4, [R4.64] ;
+        /*00e0*/                   FADD R1, R2, R3 ;
+        /*00f0*/                   STG.E.64 [R2.64], R4 ;
+        /*0100*/                   STL [R1], R4 ;
+"""
+
+
+def test_reads_a_listing(tmp_path):
+    source = tmp_path / "kernel.py"
+    source.write_text("launch()\nw = tl.load(weight_ptr)\nwait()\nx = tl.load(x_ptr)\n")
+    instructions = aot.read_listing(LISTING.format(source=source))
+    assert list(map(str, instructions)) == [
+        "PREEXIT",
+        "LDG.128(weight)",
+        "LDG.64(weight)",
+        "LDGSTS.128(weight)",
+        "ACQBULK",
+        "LDG.32",
+        "LDG.16",
+        "STG.64",
+        "STL.32",
+    ]
+
+
+WIDE = aot.Instruction("LDG", 16, weight=True)
+WAIT = aot.Instruction("ACQBULK", 0, weight=False)
+
+
+@pytest.mark.parametrize(
+    ("stack", "instructions", "reads_weights", "fault"),
+    [
+        pytest.param(0, [WIDE, WAIT], True, None, id="fine"),
+        pytest.param(0, [WAIT, WIDE], True, None, id="all after the wait"),
+        pytest.param(0, [], False, None, id="no weights"),
+        pytest.param(8, [WIDE], True, "spills: 8 bytes", id="stack"),
+        pytest.param(0, [WIDE, aot.Instruction("STL", 4, weight=False)], True, "spills", id="store to local memory"),
+        pytest.param(0, [], True, "no load of weights found", id="no load of weights"),
+        pytest.param(0, [WIDE, aot.Instruction("LDG", 8, weight=True)], True, "narrow loads of weights", id="narrow"),
+        pytest.param(0, [WIDE, WAIT, WIDE], True, "1 of 2 loads of weights come after the wait", id="sunk"),
+    ],
+)
+def test_faults(stack, instructions, reads_weights, fault):
+    report = aot.make_report("kernel", 90, 32, stack, 0, instructions, reads_weights)
+    assert len(report.faults) == (fault is not None)
+    assert fault is None or fault in report.faults[0]
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["fine", "a kernel does not compile"])
+def test_exit_status_and_document(broken, capsys):
+    job = aot.Job("case", 0, torch.bfloat16, 1, 90)
+    outcomes = [aot.Outcome(job, "good", aot.make_report("good", 90, 32, 0, 0, [WIDE], True))]
+    if broken:
+        outcomes.append(aot.Outcome(job, "bad", None, "CompilationError: no"))
+    assert aot.report(outcomes, seconds=1.0) == broken
+    out, err = capsys.readouterr()
+    document = json.loads(out.splitlines()[-1])
+    assert document["suite"] == "aot"
+    assert len(document["results"]) == len(outcomes)
+    assert ("bad (case, bfloat16, 1 rows, sm_90): does not compile: CompilationError: no" in err) == broken
