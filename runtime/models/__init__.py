@@ -1,0 +1,1 @@
+"""What one family of models computes: weights and state in, frames out."""

@@ -1,0 +1,1 @@
+"""Words to tokens: the tokenizer and each family's prompt."""
