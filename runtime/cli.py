@@ -1,0 +1,223 @@
+"""The `aloud` command: speak, inspect, random, bench."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from aloud import __version__
+from aloud.errors import AloudError, AudioUnreadable, AudioUnwritable, RequestError
+from aloud.request import Request, Segment
+
+MODEL = "sesame/csm-1b"
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130  # argparse itself exits with 2 on wrong usage
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command -> its exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["bench"]:  # its arguments are the benchmarks' own, but for --debug
+        parsed = argparse.Namespace(
+            run=_bench, debug="--debug" in given, rest=[argument for argument in given[1:] if argument != "--debug"]
+        )
+    else:
+        parsed = _parser().parse_args(given)
+    try:
+        status: int = parsed.run(parsed)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output is gone: there is nobody to tell
+        _discard_output()
+        return EXIT_ERROR
+    except Exception as error:
+        if parsed.debug:
+            traceback.print_exc()
+        print(f"aloud: {_sentence(error)}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _discard_output()
+        return EXIT_ERROR
+
+
+def _sentence(error: Exception) -> str:
+    """What the user reads of an error."""
+    if isinstance(error, AloudError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return (
+        f"{type(error).__name__}: {error}\n"
+        "This is a fault of the program. Run it again with --debug and report what it prints."
+    )
+
+
+def _discard_output() -> None:
+    """Drop what standard output holds if it cannot be written: the interpreter's own last flush would complain."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="aloud", description="Speech from Mimi-token speech language models.")
+    parser.add_argument("--version", action="version", version=f"aloud {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    hub = argparse.ArgumentParser(add_help=False)
+    hub.add_argument("--revision", help="branch, tag or commit on the hub")
+    hub.add_argument("--local-files-only", action="store_true", help="use the cache, never the network")
+
+    speak = commands.add_parser("speak", parents=[common, hub], help="say a text")
+    speak.set_defaults(run=_speak)
+    speak.add_argument("text", help='what to say; "-" reads it from standard input')
+    speak.add_argument(
+        "-o", "--output", required=True, metavar="FILE",
+        help='a .wav, .flac, .ogg or .mp3 file; "-" writes raw PCM (s16le, mono, the model\'s rate: 24 kHz) to '
+        "standard output while speaking",
+    )  # fmt: skip
+    speak.add_argument("--model", default=MODEL, help=f"hub name or folder (default: {MODEL})")
+    speak.add_argument("--speaker", type=int, default=0, help="speaker number (default: 0)")
+    speak.add_argument(
+        "--context", action="append", default=[], type=_segment, metavar="FILE:TEXT:SPEAKER",
+        help="a turn before: its audio (may be empty), its text, its speaker; may be repeated",
+    )  # fmt: skip
+    speak.add_argument("--seed", type=int, help="repeat a run (default: a fresh seed)")
+    speak.add_argument("--temperature", type=float, help="0 is greedy (default: the checkpoint's)")
+    speak.add_argument("--top-k", type=int, help="0 keeps every token (default: the checkpoint's)")
+    speak.add_argument("--depth-temperature", type=float, help="of the depth decoder (default: --temperature)")
+    speak.add_argument("--depth-top-k", type=int, help="of the depth decoder (default: --top-k)")
+    speak.add_argument("--max-seconds", type=float, help="the longest to speak (default: until the end of speech)")
+    speak.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    speak.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+
+    inspect = commands.add_parser("inspect", parents=[common, hub], help="what a checkpoint is and needs")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("model", help="hub name or folder; no weights are read")
+
+    random = commands.add_parser("random", parents=[common], help="write a checkpoint of random weights: noise")
+    random.set_defaults(run=_random)
+    random.add_argument("folder", type=Path, help="where to write it")
+    random.add_argument("--size", default="small", choices=("small", "csm-1b"), help="default: small")
+    random.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32"
+    )
+    random.add_argument("--seed", type=int, default=0, help="default: 0")
+
+    commands.add_parser("bench", help="run the benchmarks: aloud bench --help", add_help=False)
+    return parser
+
+
+def _speak(parsed: argparse.Namespace) -> int:
+    # Heavy modules are imported by the commands that need them: help and usage errors answer at once.
+    from aloud.api import Runtime
+    from aloud.audio import Audio, check_writable
+    from aloud.audio_file import to_int16
+    from aloud.prepare import check_request
+
+    # Whatever can be wrong is found before the model is loaded, which takes much longer.
+    raw = parsed.output == "-"
+    if not raw:
+        check_writable(parsed.output)
+    elif sys.stdout is None or sys.stdout.isatty():
+        raise AudioUnwritable(
+            "Raw PCM goes to a pipe or a file, not to a terminal. Pipe it, or name a file with -o FILE."
+        )
+    for segment in parsed.context:
+        if segment.audio is not None and not os.path.exists(segment.audio):
+            raise AudioUnreadable(f"There is no file {segment.audio!r}; check the path.")
+    request = Request(
+        text=_read_text(sys.stdin) if parsed.text == "-" else parsed.text,
+        speaker=parsed.speaker,
+        context=parsed.context,
+        temperature=parsed.temperature,
+        top_k=parsed.top_k,
+        depth_temperature=parsed.depth_temperature,
+        depth_top_k=parsed.depth_top_k,
+        seed=parsed.seed,
+        max_seconds=parsed.max_seconds,
+    )
+    check_request(request)
+
+    runtime = Runtime.load(
+        parsed.model,
+        revision=parsed.revision,
+        local_files_only=parsed.local_files_only,
+        device=parsed.device,
+        dtype=parsed.dtype,
+    )
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    say = runtime.stream if raw else runtime.speak
+    spoken = say(**vars(request), progress=on_terminal)
+    if isinstance(spoken, Audio):
+        spoken.save(parsed.output)
+    else:
+        with spoken:
+            for chunk in spoken:
+                sys.stdout.buffer.write(to_int16(chunk.samples).astype("<i2").tobytes())
+                sys.stdout.buffer.flush()
+    if on_terminal:
+        print(f"{parsed.output}: ended by {spoken.finish_reason}, --seed {spoken.seed}", file=sys.stderr)
+    return 0
+
+
+def _read_text(stream: TextIO | None) -> str:
+    """All of standard input, which may be closed."""
+    try:
+        return "" if stream is None else stream.read().strip()
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"Standard input is not text in {error.encoding}: {error.reason}. Give it as that."
+        ) from error
+
+
+def _segment(value: str) -> Segment:
+    """What argparse makes of FILE:TEXT:SPEAKER; the text may hold colons, the file may be empty."""
+    file, _, rest = value.partition(":")
+    if len(file) == 1 and rest[:1] in ("\\", "/"):  # a Windows drive
+        drive, (file, _, rest) = file, rest.partition(":")
+        file = f"{drive}:{file}"
+    text, colon, speaker = rest.rpartition(":")
+    if not colon or not speaker.strip().isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not FILE:TEXT:SPEAKER, for example intro.wav:Hello there.:0 "
+            "(an empty FILE is a turn of text alone)"
+        )
+    return Segment(text, audio=file or None, speaker=int(speaker))
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    from aloud.checkpoint.describe import describe
+    from aloud.checkpoint.hub import resolve
+    from aloud.checkpoint.load import summarise
+
+    source = resolve(parsed.model, revision=parsed.revision, local_files_only=parsed.local_files_only, weights=False)
+    print("\n".join(describe(summarise(source))))
+    return 0
+
+
+def _random(parsed: argparse.Namespace) -> int:
+    from aloud.checkpoint.random import write_random
+
+    write_random(parsed.folder, parsed.size, seed=parsed.seed, dtype=parsed.dtype)
+    return 0
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from aloud.benchmarks.__main__ import main as bench
+
+    return bench(parsed.rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

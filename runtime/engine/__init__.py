@@ -1,0 +1,1 @@
+"""Tokens to frames: stream memory and the loop that steps a model."""
