@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -62,3 +63,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 def generator(seed: int) -> torch.Generator:
     """A torch generator on the CPU, seeded with `seed`."""
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def all_threads_at_full_size(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The full-size model gets every core."""
+    if request.node.get_closest_marker("full_size") is None:
+        yield
+        return
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)

@@ -409,7 +409,14 @@ BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHON
 def test_on_a_terminal_it_streams_shows_a_bar_and_ends_at_control_c(model: str) -> None:
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen([*COMMAND, "--model", model], stdout=subprocess.PIPE, stderr=terminal, env=BUFFERED)
+    process = subprocess.Popen(
+        [*COMMAND, "--model", model],
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        env=BUFFERED,
+        # A shell's background jobs ignore SIGINT, and so do their children unless told otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(terminal)
     shown = bytearray()
 
