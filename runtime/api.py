@@ -11,7 +11,7 @@ import torch
 
 from aloud import memory
 from aloud.audio import Audio, read_audio
-from aloud.checkpoint.load import load
+from aloud.checkpoint.load import find, load
 from aloud.codec import mimi
 from aloud.engine.loop import Job
 from aloud.errors import CodesInvalid, DeviceInvalid, RequestError
@@ -92,17 +92,13 @@ class Runtime:
         """
         chosen_device = _choose_device(device)
         chosen_dtype = _choose_dtype(dtype, chosen_device)
+        checkpoint = find(model, revision=revision, token=token, local_files_only=local_files_only)
+        # Before gigabytes are read.
+        tokenizer = Tokenizer(checkpoint.source.folder / "tokenizer.json", checkpoint.config.text_vocabulary)
         loaded = load(
-            model,
-            revision=revision,
-            token=token,
-            local_files_only=local_files_only,
-            device=chosen_device,
-            dtype=chosen_dtype,
+            checkpoint, token=token, local_files_only=local_files_only, device=chosen_device, dtype=chosen_dtype
         )
-        vocabulary = loaded.model.config.text_vocabulary
-        tokenizer = Tokenizer(loaded.source.folder / "tokenizer.json", vocabulary)
-        return cls(loaded.model, tokenizer, loaded.sampling, loaded.source.name)
+        return cls(loaded, tokenizer, checkpoint.sampling, checkpoint.source.name)
 
     @property
     def config(self) -> CsmConfig:

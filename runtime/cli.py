@@ -198,11 +198,10 @@ def _segment(value: str) -> Segment:
 
 def _inspect(parsed: argparse.Namespace) -> int:
     from aloud.checkpoint.describe import describe
-    from aloud.checkpoint.hub import resolve
-    from aloud.checkpoint.load import summarise
+    from aloud.checkpoint.load import find, summarise
 
-    source = resolve(parsed.model, revision=parsed.revision, local_files_only=parsed.local_files_only, weights=False)
-    print("\n".join(describe(summarise(source))))
+    checkpoint = find(parsed.model, revision=parsed.revision, local_files_only=parsed.local_files_only, weights=False)
+    print("\n".join(describe(summarise(checkpoint))))
     return 0
 
 

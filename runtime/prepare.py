@@ -17,7 +17,7 @@ from aloud.engine.guards import text_limit_frames
 from aloud.engine.loop import Job
 from aloud.errors import ContextTooLong, RequestError, SamplingInvalid, SpeakerInvalid, TextEmpty
 from aloud.models.csm import Csm
-from aloud.request import Guards, Prompt, Request, Sampling, Segment
+from aloud.request import MAX_TEMPERATURE, MIN_TEMPERATURE, Guards, Prompt, Request, Sampling, Segment
 from aloud.text.csm import Turn, build_prompt, turn_text
 from aloud.text.tokenizer import Tokenizer
 
@@ -26,9 +26,6 @@ MAX_SECONDS = 90.0
 MAX_ASKED_SECONDS = 86_400
 """A day: what a caller asks for beyond it is a mistake."""
 MAX_SPEAKER = 999
-MIN_TEMPERATURE = 1e-3
-"""The smallest temperature that is not greedy; below it, logits would overflow float32."""
-MAX_TEMPERATURE = 100.0
 OPTIONAL_GUARDS = ("text_seconds_per_byte", "silence_seconds", "repeat_seconds")
 
 

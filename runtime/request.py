@@ -43,6 +43,11 @@ class Segment:
     speaker: int = 0
 
 
+MIN_TEMPERATURE = 1e-3
+"""The smallest temperature that is not greedy; below it, logits would overflow float32."""
+MAX_TEMPERATURE = 100.0
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn: by the backbone (codebook 0) and by the depth decoder (the other codebooks).

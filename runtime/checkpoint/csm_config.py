@@ -14,10 +14,9 @@ from aloud.errors import ConfigInvalid, ConfigMissing, WrongModelType
 from aloud.kernels.rope import Llama3Scaling, Rope
 from aloud.models.csm import CsmConfig
 from aloud.models.transformer import TransformerConfig
-from aloud.request import Sampling
+from aloud.request import MAX_TEMPERATURE, MIN_TEMPERATURE, Sampling
 
 ROPE_THETA = 500_000.0
-MAX_TEMPERATURE = 100.0
 
 # What transformers assumes where a config is silent: csm-1b's own sizes.
 BACKBONE_DEFAULTS: dict[str, Any] = {
@@ -95,6 +94,11 @@ def read_sampling(folder: Path) -> Sampling:
 def _read_sampling(raw: Mapping[str, Any], prefix: str, temperature: float, top_k: int) -> tuple[float, int]:
     """Temperature and top-k of one decoder, over the defaults given; no sampling at all is temperature 0."""
     temperature = _number(raw, f"{prefix}temperature", temperature, file="generation_config.json")
+    if not (temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE):
+        raise ConfigInvalid(
+            f"generation_config.json's {prefix}temperature must be 0 (greedy) or from {MIN_TEMPERATURE} to "
+            f"{MAX_TEMPERATURE:g}, got {temperature!r}."
+        )
     top_k = _count(raw, f"{prefix}top_k", top_k, least=0, file="generation_config.json")
     return (0.0 if raw.get(f"{prefix}do_sample") is False else temperature), top_k
 

@@ -11,10 +11,11 @@ from aloud.models.transformer import TransformerConfig
 
 def describe(summary: Summary) -> list[str]:
     """The lines that `aloud inspect` prints."""
-    config, codec, sampling = summary.config, summary.config.codec, summary.sampling
+    source, config, sampling = summary.checkpoint.source, summary.checkpoint.config, summary.checkpoint.sampling
+    codec = config.codec
     lines = [
-        f"model           {summary.source.name} (csm)",
-        f"files           {summary.source.folder}",
+        f"model           {source.name} (csm)",
+        f"files           {source.folder}",
         f"layout          {summary.layout}",
         f"backbone        {_stack(config.backbone)}",
         f"depth decoder   {_stack(config.depth)}",

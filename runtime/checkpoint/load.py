@@ -28,55 +28,43 @@ CODEC_FOLDER = "mimi"
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What config.json tells of a checkpoint, before any weight is read."""
+class Checkpoint:
+    """A checkpoint whose files are here and whose configuration was read; its weights were not."""
 
     source: Source
+    raw: dict[str, Any]  # config.json
     config: CsmConfig
     sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What can be told of a checkpoint before any weight is read."""
+
+    checkpoint: Checkpoint
     layout: str
     parameters: dict[str, int]  # of each part
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model, how its checkpoint wants to be sampled, and where it came from."""
-
-    model: Csm
-    sampling: Sampling
-    source: Source
-
-
-def summarise(source: Source) -> Summary:
-    """Read the configuration of a checkpoint and count its parameters from it."""
+def find(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    weights: bool = True,
+) -> Checkpoint:
+    """Bring a checkpoint here, with its weights or without, by hub name or folder, and read its configuration."""
+    source = resolve(name, revision=revision, token=token, local_files_only=local_files_only, weights=weights)
     raw = read_json(source.folder / "config.json")
-    config = read_csm_config(raw)
-    weights = allocate_weights(config, device=torch.device("meta"), dtype=torch.float32)
-    parameters = {
-        "backbone": _count(weights.backbone),
-        "depth decoder": _count(weights.depth) + weights.depth_projector.numel(),
-        "text embedding": weights.text_embedding.numel(),
-        "audio embedding": weights.audio_embedding.numel(),
-        "heads": weights.backbone_head.numel() + weights.depth_heads.numel(),
-        "codec": sum(math.prod(shape) for shape in mimi.expected_tensors(config.codec, "transformers").values()),
-    }
-    return Summary(source, config, read_sampling(source.folder), _layout(source, raw), parameters)
+    return Checkpoint(source, raw, read_csm_config(raw), read_sampling(source.folder))
 
 
 def load(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None,
-    token: str | None,
-    local_files_only: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Loaded:
-    """Load a CSM checkpoint by hub name or folder; see `aloud.errors` for everything that can be wrong with it."""
-    source = resolve(name, revision=revision, token=token, local_files_only=local_files_only)
-    raw = read_json(source.folder / "config.json")
-    config = read_csm_config(raw)
-    sampling = read_sampling(source.folder)
+    checkpoint: Checkpoint, *, token: str | None, local_files_only: bool, device: torch.device, dtype: torch.dtype
+) -> Csm:
+    """Read a checkpoint's weights, and its codec's, which may have to be fetched."""
+    source, config, raw = checkpoint.source, checkpoint.config, checkpoint.raw
     tied = is_sesame(raw) or bool(raw.get("tie_codebooks_embeddings", True))
 
     def fetch(repository: str, filename: str) -> Path:
@@ -94,7 +82,22 @@ def load(
                 if layout == "transformers"
                 else _load_separate_codec(config, source.folder, fetch, device)
             )
-    return Loaded(Csm(config, weights, codec), sampling, source)
+    return Csm(config, weights, codec)
+
+
+def summarise(checkpoint: Checkpoint) -> Summary:
+    """Count a checkpoint's parameters from its configuration, and tell its layout."""
+    config = checkpoint.config
+    weights = allocate_weights(config, device=torch.device("meta"), dtype=torch.float32)
+    parameters = {
+        "backbone": _count(weights.backbone),
+        "depth decoder": _count(weights.depth) + weights.depth_projector.numel(),
+        "text embedding": weights.text_embedding.numel(),
+        "audio embedding": weights.audio_embedding.numel(),
+        "heads": weights.backbone_head.numel() + weights.depth_heads.numel(),
+        "codec": sum(math.prod(shape) for shape in mimi.expected_tensors(config.codec, "transformers").values()),
+    }
+    return Summary(checkpoint, _layout(checkpoint.source, checkpoint.raw), parameters)
 
 
 def weight_bytes(config: CsmConfig, dtype: torch.dtype) -> int:

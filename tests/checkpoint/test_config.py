@@ -437,3 +437,11 @@ def test_sampling_that_cannot_be(raw: dict[str, Any], sentence: str, tmp_path: P
 def test_flavours_are_the_sizes_of_csm_1b() -> None:
     assert {"llama-1B": CSM_1B.backbone} == csm_config.SESAME_BACKBONE
     assert {"llama-100M": CSM_1B.depth} == csm_config.SESAME_DECODER
+
+
+@pytest.mark.parametrize("key", ["temperature", "depth_decoder_temperature"])
+@pytest.mark.parametrize("value", [1e-4, 101.0])
+def test_a_temperature_out_of_range_is_refused(tmp_path: Path, key: str, value: float) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(ConfigInvalid, match=f"generation_config.json's {key} must be 0"):
+        read_sampling(tmp_path)
