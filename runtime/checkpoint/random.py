@@ -119,12 +119,17 @@ def write_random(folder: Path, size: str, *, seed: int, dtype: str) -> None:
     _byte_tokenizer().save(str(folder / "tokenizer.json"))
 
     generator = torch.Generator().manual_seed(seed)
-    shapes = csm.expected_tensors(read_csm_config(raw), "transformers", tied=True)
+    # Both names of the tied embedding: not every version of transformers finds one under the other's.
+    shapes = csm.expected_tensors(read_csm_config(raw), "transformers", tied=False)
+    tied = csm.LAYOUTS["transformers"].audio_embedding
     shards = _shards(shapes, DTYPES[dtype].itemsize)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         filename = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _random_tensor(name, shapes[name], generator).to(DTYPES[dtype]) for name in names}
+        tensors = {}
+        for name in names:
+            own = torch.Generator().manual_seed(seed) if name in tied else generator
+            tensors[name] = _random_tensor(name, shapes[name], own).to(DTYPES[dtype])
         save_file(tensors, folder / filename, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, filename)
     index = {"metadata": {}, "weight_map": weight_map}
