@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 CONSTRAINTS = ROOT / "constraints.txt"
+CPU_CONSTRAINTS = ROOT / "constraints-cpu.txt"
 VERSIONS = ((3, 10), (3, 11), (3, 12))
 # What an installed environment was made from; when it changes, the environment is brought up to date.
-INGREDIENTS = ("pyproject.toml", "setup.py", "constraints.txt", "dev.py", "csrc")
+INGREDIENTS = ("pyproject.toml", "setup.py", "constraints.txt", "constraints-cpu.txt", "dev.py", "csrc")
 
 
 def main(arguments: list[str]) -> int:
@@ -97,13 +98,14 @@ def install(extra: str, *, cuda: bool) -> None:
     if not (BIN / "python").exists():
         print("Making the virtual environment .venv", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    if not cuda:
-        refuse_cuda_without_gpu()
+    constraints = ["--constraint", str(CONSTRAINTS)]
+    if not cuda_packages(constraints, wanted=cuda):
+        constraints += ["--constraint", str(CPU_CONSTRAINTS)]
     print("Installing the project and what it needs; this takes a few minutes the first time", flush=True)
-    pip("install", "--constraint", str(CONSTRAINTS), "--editable", f"{ROOT}{extra}")
+    pip("install", *constraints, "--editable", f"{ROOT}{extra}")
     if extra:
         # An oracle of the tests, whose own pins are older than what is tested here; what it imports is in [dev].
-        pip("install", "--constraint", str(CONSTRAINTS), "--no-deps", "moshi")
+        pip("install", *constraints, "--no-deps", "moshi")
     stamp.write_text(made_from)
 
 
@@ -117,20 +119,24 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def refuse_cuda_without_gpu() -> None:
-    """Stop before gigabytes of CUDA packages are downloaded to a machine that has no use for them."""
-    if shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists():
-        return
-    ask = ["install", "--quiet", "--dry-run", "--report", "-", "--constraint", str(CONSTRAINTS), "torch"]
-    report = subprocess.run([BIN / "python", "-m", "pip", *ask], check=True, stdout=subprocess.PIPE, text=True).stdout
-    names = [entry["metadata"]["name"] for entry in json.loads(report)["install"]]
+def cuda_packages(constraints: list[str], *, wanted: bool) -> list[str]:
+    """The CUDA packages that pip would install with torch.
+
+    Stops before gigabytes of them are downloaded to a machine that has no use for them, unless they are `wanted`.
+    """
+    ask = ["install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-", *constraints, "torch"]
+    answer = subprocess.run([BIN / "python", "-m", "pip", *ask], stdout=subprocess.PIPE, text=True)
+    if answer.returncode:
+        sys.exit("pip found no torch to install; its message is above.")
+    names = [entry["metadata"]["name"] for entry in json.loads(answer.stdout)["install"]]
     heavy = [name for name in names if name.startswith(("nvidia-", "cuda-"))]
-    if heavy:
+    if heavy and not wanted and not shutil.which("nvidia-smi") and not Path("/dev/nvidia0").exists():
         sys.exit(
             f"This machine has no NVIDIA GPU, but pip would install torch with {len(heavy)} CUDA packages, several\n"
             "gigabytes. Point pip to torch's CPU build: set PIP_EXTRA_INDEX_URL to the address that pytorch.org shows\n"
             "under Get Started for pip and CPU, and run this again. To install them all the same: dev.py --cuda."
         )
+    return heavy
 
 
 def pip(*arguments: str) -> None:
