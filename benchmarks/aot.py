@@ -141,7 +141,10 @@ def compile_launch(launch: Launch, capability: int) -> Report:
         constexprs=dict(special.constants),
         attrs={(place,): [["tt.divisibility", 16]] for place in special.divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(special.options))
+    with triton.knobs.compilation.scope():
+        # Never from Triton's cache: that does not notice when a device function has moved to other lines.
+        triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(special.options))
     cubin = compiled.asm["cubin"]
     usage = _tool("cuobjdump", cubin, "--dump-resource-usage")
     resources = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
