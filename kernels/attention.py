@@ -2,13 +2,13 @@
 
     out = residual + attention(query, cache) W^T
 
-The attention is `decode_attention`'s, rounded to the weights' dtype; prompts go through PyTorch's own.
+The attention is `decode_attention`'s, rounded to the weights' dtype. Rows may be positions of one slot: once all have
+written their keys and values, each attends to those up to its own.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from aloud.kernels.check import check
 from aloud.kernels.decode_attention import (
@@ -377,23 +377,3 @@ def attention_output(
     for launch in launches:
         launch.run()
     return launches[-1].outputs[0]
-
-
-def prefill_attention(query: torch.Tensor, cache: torch.Tensor, slot: int, start: int) -> torch.Tensor:
-    """Causal attention of a run of positions of one slot, whose keys and values are in the cache already.
-
-    query [positions, heads, head_dim] for positions start, start + 1, ...; cache
-    [2, slots, kv_heads, max_positions, head_dim] -> [positions, heads * head_dim]
-    """
-    sizes: dict[str, int] = {}
-    check("query", query, "run heads head_dim", sizes)
-    check("cache", cache, "2 slots kv_heads positions head_dim", sizes, dtype=query.dtype, device=query.device)
-    end = start + sizes["run"]
-    if sizes["heads"] % sizes["kv_heads"] or not start >= 0 or end > sizes["positions"]:
-        raise ValueError(f"heads must be a multiple of kv_heads, and a run at start {start} fit the cache, got {sizes}")
-    keys, values = cache[:, slot, :, :end]
-    causal = torch.ones(sizes["run"], end, dtype=torch.bool, device=query.device).tril(start)
-    out = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None], keys[None], values[None], attn_mask=causal, enable_gqa=True
-    )
-    return out[0].transpose(0, 1).flatten(1)

@@ -9,20 +9,20 @@ launch table is in product.py.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from aloud.kernels.check import check
 from aloud.kernels.launch import Launch, capability, require_rows
 from aloud.kernels.linear import norm_linear_kernel
 from aloud.kernels.product import MAX_ROWS, plan_product
 from aloud.kernels.rms_norm import rms_norm_reference
+from aloud.kernels.row_product import row_product
 
 
 def codebook_head_reference(
     x: torch.Tensor, gain: torch.Tensor, eps: float, heads: torch.Tensor, codebook: int
 ) -> torch.Tensor:
     """The definition of `codebook_head`."""
-    return F.linear(rms_norm_reference(x, gain, eps).float(), heads[codebook].float())
+    return row_product(rms_norm_reference(x, gain, eps).float(), heads[codebook].float())
 
 
 def plan_codebook_head(

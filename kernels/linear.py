@@ -28,22 +28,23 @@ from aloud.kernels.product import (
     whole_gain,
 )
 from aloud.kernels.rms_norm import normed, rms_norm_reference
+from aloud.kernels.row_product import row_product
 from aloud.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton
 
 
 def linear_residual_reference(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """The definition of `linear_residual`."""
-    return residual + F.linear(x, weight)
+    return residual + row_product(x, weight)
 
 
 def norm_linear_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
     """The definition of `norm_linear`."""
-    return F.linear(rms_norm_reference(x, gain, eps), weight)
+    return row_product(rms_norm_reference(x, gain, eps), weight)
 
 
 def norm_swiglu_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, gate_up: torch.Tensor) -> torch.Tensor:
     """The definition of `norm_swiglu`."""
-    gate, up = F.linear(rms_norm_reference(x, gain, eps), gate_up).chunk(2, dim=-1)
+    gate, up = row_product(rms_norm_reference(x, gain, eps), gate_up).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 

@@ -18,7 +18,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from aloud.kernels.check import check
 from aloud.kernels.launch import Launch, capability, require_rows
@@ -33,6 +32,7 @@ from aloud.kernels.product import (
     whole_gain,
 )
 from aloud.kernels.rms_norm import normed, rms_norm_reference
+from aloud.kernels.row_product import row_product
 from aloud.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton
 
 
@@ -95,7 +95,7 @@ def norm_qkv_rope_reference(
 ) -> torch.Tensor:
     """The definition of `norm_qkv_rope`."""
     kv_heads, head_dim = cache.shape[2], cache.shape[4]
-    heads = F.linear(rms_norm_reference(x, gain, eps), weight).unflatten(-1, (-1, head_dim))
+    heads = row_product(rms_norm_reference(x, gain, eps), weight).unflatten(-1, (-1, head_dim))
     query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     cache[0, slots, :, positions] = rotate_reference(key, table, positions)
     cache[1, slots, :, positions] = value

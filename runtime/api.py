@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,15 +14,21 @@ from aloud import memory
 from aloud.audio import Audio, read_audio
 from aloud.checkpoint.load import find, load
 from aloud.codec import mimi
-from aloud.engine.loop import Job
+from aloud.engine.graphs import GraphSteps
+from aloud.engine.loop import Loop
+from aloud.engine.slots import allocate_slots
+from aloud.engine.steps import EagerSteps
+from aloud.engine.stream import Job, Prefix
 from aloud.errors import CodesInvalid, DeviceInvalid, RequestError
-from aloud.models.csm import Csm, CsmConfig
+from aloud.models.csm import Csm, CsmConfig, CsmState
 from aloud.models.csm_score import score
 from aloud.prepare import encode, prepare, read_segments
-from aloud.request import AudioSource, Guards, Request, Sampling, Segment
+from aloud.request import AudioSource, Guards, Prompt, Request, Sampling, Segment
 from aloud.speech import SpeechStream, speak
 from aloud.text.tokenizer import Tokenizer
+from aloud.voice import Voice
 
+MAX_STREAMS = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,15 +64,29 @@ class Score:
 class Runtime:
     """A loaded model that speaks.
 
-    Several threads may use one runtime; each call has memory of its own.
+    Several threads may use one runtime: what they ask for runs together, over one set of slots, whose memory is
+    allocated when the first of them speaks.
     """
 
-    def __init__(self, model: Csm, tokenizer: Tokenizer, sampling: Sampling, name: str) -> None:
-        """Of parts that are loaded already; `Runtime.load` is the usual way."""
+    def __init__(
+        self,
+        model: Csm,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        name: str,
+        *,
+        max_streams: int | None = None,
+        max_positions: int | None = None,
+    ) -> None:
+        """Of parts that are loaded already; `Runtime.load` is the usual way and says what the arguments are."""
         self._model = model
         self._tokenizer = tokenizer
         self.sampling = sampling
         self.name = name
+        self.max_positions = _choose_positions(max_positions, model.max_positions)
+        self._max_streams = _choose_streams(max_streams)
+        self._lock = threading.Lock()
+        self._parts: tuple[Loop, EagerSteps[CsmState] | GraphSteps[CsmState]] | None = None
 
     @classmethod
     def load(
@@ -77,6 +98,9 @@ class Runtime:
         local_files_only: bool = False,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        max_streams: int | None = None,
+        max_positions: int | None = None,
+        progress: Callable[[str], None] = lambda _: None,
     ) -> Runtime:
         """Load a CSM checkpoint.
 
@@ -87,18 +111,46 @@ class Runtime:
         device: "auto" is a CUDA device where there is one, else the CPU.
         dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on a GPU that has it (else float16), and float32
             on the CPU. The codec is always float32.
+        max_streams: how many requests can run at once; others wait for their turn. Default: as many as fit into half
+            of the free memory, at most 256 on a GPU and 16 on a CPU.
+        max_positions: how long prompt and speech of one request can be together, in positions of the model's context
+            (text tokens, and frames of audio). Default: the whole context. Less takes less memory a stream.
+        progress: called with the name of each step before it is done.
 
         Raises the errors of `aloud.errors` for whatever is wrong with the name, the files or the device.
         """
         chosen_device = _choose_device(device)
         chosen_dtype = _choose_dtype(dtype, chosen_device)
+        progress("files")
         checkpoint = find(model, revision=revision, token=token, local_files_only=local_files_only)
         # Before gigabytes are read.
         tokenizer = Tokenizer(checkpoint.source.folder / "tokenizer.json", checkpoint.config.text_vocabulary)
+        progress("weights")
         loaded = load(
             checkpoint, token=token, local_files_only=local_files_only, device=chosen_device, dtype=chosen_dtype
         )
-        return cls(loaded, tokenizer, checkpoint.sampling, checkpoint.source.name)
+        return cls(
+            loaded,
+            tokenizer,
+            checkpoint.sampling,
+            checkpoint.source.name,
+            max_streams=max_streams,
+            max_positions=max_positions,
+        )
+
+    def warm(self, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Do now what else happens when it is first needed: allocate the streams' memory, compile and capture.
+
+        progress: called with the name of each step before it is done.
+        """
+        progress("memory of the streams")
+        loop, steps = self._running()
+        if isinstance(steps, GraphSteps):
+            costs = steps.capture(progress)
+            for rows, seconds in costs.frame_seconds.items():
+                loop.scheduler.observe_frame(rows, seconds)
+            for positions, seconds in costs.prefill_seconds.items():
+                loop.scheduler.observe_prefill(positions, seconds)
 
     @property
     def config(self) -> CsmConfig:
@@ -138,6 +190,7 @@ class Runtime:
         seed: int | None = None,
         max_seconds: float | None = None,
         guards: Guards | None = None,
+        voice: Voice | None = None,
         progress: bool = False,
     ) -> Audio:
         """Say a text.
@@ -152,6 +205,7 @@ class Runtime:
             what the context leaves.
         guards: what ends speech that does not end by itself. Default: `Guards()` without `max_seconds`,
             `Guards.off()` with it.
+        voice: of `Runtime.voice`: turns that stand before `context` and have been read already.
         progress: show a bar on stderr.
 
         -> `Audio` with samples, codes, the seed used and why it ended. Raises a `RequestError` before any work when
@@ -168,6 +222,7 @@ class Runtime:
             seed=seed,
             max_seconds=max_seconds,
             guards=guards,
+            voice=voice,
         )
         return self.speak_batch([request], progress=progress)[0]
 
@@ -184,6 +239,7 @@ class Runtime:
         seed: int | None = None,
         max_seconds: float | None = None,
         guards: Guards | None = None,
+        voice: Voice | None = None,
         progress: bool = False,
     ) -> SpeechStream:
         """Say a text and hand out each 80 ms as it is made; the arguments are those of `speak`.
@@ -201,8 +257,10 @@ class Runtime:
             seed=seed,
             max_seconds=max_seconds,
             guards=guards,
+            voice=voice,
         )
-        return SpeechStream(self._model, self._prepare([request])[0], progress=progress)
+        job = self._prepare([request])[0]
+        return SpeechStream(self._running()[0], self.config.codec, job, progress=progress)
 
     def speak_batch(self, requests: Sequence[Request], *, progress: bool = False) -> list[Audio]:
         """Say several texts together, each with its own context, sampling, seed and length -> one `Audio` each.
@@ -210,7 +268,19 @@ class Runtime:
         All requests are checked before any work is done for one.
         """
         jobs = self._prepare(requests)
-        return speak(self._model, jobs, progress=progress) if jobs else []
+        return speak(self._running()[0], self.config.codec, jobs, progress=progress) if jobs else []
+
+    def voice(self, segments: Sequence[Segment]) -> Voice:
+        """Read a conversation once, for any number of requests to begin behind.
+
+        segments: as `context` of `speak`; their audio gives the voice.
+
+        Raises a `RequestError` when a segment is wrong or they are too long.
+        """
+        if not isinstance(segments, Sequence) or not segments:
+            raise RequestError("A voice is made of a list of aloud.Segment, at least one.")
+        prompt, _ = read_segments(self._model, self._tokenizer, segments, max_positions=self.max_positions)
+        return Voice(self._model, self._read(prompt))
 
     def encode(self, audio: AudioSource) -> np.ndarray:
         """Audio, as `Segment.audio` takes it, to the codec's tokens -> int64 [frames, codebooks]."""
@@ -246,7 +316,7 @@ class Runtime:
             raise RequestError("A conversation is a list of aloud.Segment.")
         if all(segment.audio is None for segment in segments):
             raise RequestError("There is nothing to score: no segment has audio. Give at least one segment its audio.")
-        prompt, frames = read_segments(self._model, self._tokenizer, segments)
+        prompt, frames = read_segments(self._model, self._tokenizer, segments, max_positions=self._model.max_positions)
         with memory.out_of_memory("Scoring needs", self.device, "Score fewer segments, or free some memory."):
             scores = score(self.config, self._model.weights, prompt).cpu()
         lengths = [0 if count is None else count + 1 for count in frames]
@@ -258,7 +328,42 @@ class Runtime:
         return f"Runtime({self.name!r}, device={str(self.device)!r}, dtype={dtype!r})"
 
     def _prepare(self, requests: Sequence[Request]) -> list[Job]:
-        return prepare(self._model, self._tokenizer, self.sampling, requests)
+        return prepare(self._model, self._tokenizer, self.sampling, requests, max_positions=self.max_positions)
+
+    def _read(self, prompt: Prompt) -> Prefix:
+        """Read a prompt and keep what that leaves."""
+        loop, _ = self._running()
+        job = Job(prompt, self.sampling, 0, max_frames=0, guards=Guards.off(), text_limit_frames=None, keeps_cache=True)
+        stream = loop.submit(job)
+        try:
+            loop.next(stream)
+        finally:
+            loop.cancel(stream)
+        assert stream.cache is not None
+        return Prefix(prompt, stream.cache)
+
+    def _running(self) -> tuple[Loop, EagerSteps[CsmState] | GraphSteps[CsmState]]:
+        """The loop and its steps, made when they are first needed."""
+        with self._lock:
+            if self._parts is None:
+                slots = allocate_slots(self._model, self._max_streams, self.max_positions)
+                steps = (GraphSteps if self.device.type == "cuda" else EagerSteps)(self._model, slots)
+                self._parts = Loop(steps, slots.count, self.frame_rate), steps
+            return self._parts
+
+
+def _choose_streams(count: int | None) -> int | None:
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_STREAMS):
+        raise DeviceInvalid(f"max_streams must be a whole number from 1 to {MAX_STREAMS}, got {count!r}.")
+    return count
+
+
+def _choose_positions(count: int | None, model_positions: int) -> int:
+    if count is None:
+        return model_positions
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= model_positions:
+        raise DeviceInvalid(f"max_positions must be from 1 to the model's {model_positions}, got {count!r}.")
+    return count
 
 
 def _choose_device(device: str | torch.device) -> torch.device:

@@ -1,10 +1,11 @@
-"""The `aloud` command: speak, inspect, random, bench."""
+"""The `aloud` command: speak, inspect, warm, random, bench."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("model", help="hub name or folder; no weights are read")
 
+    warm = commands.add_parser("warm", parents=[common, hub], help="compile now what a first start would compile")
+    warm.set_defaults(run=_warm)
+    warm.add_argument("model", help="hub name or folder")
+    warm.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    warm.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    warm.add_argument("--max-streams", type=int, help="as it will be loaded (default: what fits, at most 256)")
+    warm.add_argument("--max-positions", type=int, help="as it will be loaded (default: the whole context)")
+
     random = commands.add_parser("random", parents=[common], help="write a checkpoint of random weights: noise")
     random.set_defaults(run=_random)
     random.add_argument("folder", type=Path, help="where to write it")
@@ -202,6 +211,36 @@ def _inspect(parsed: argparse.Namespace) -> int:
 
     checkpoint = find(parsed.model, revision=parsed.revision, local_files_only=parsed.local_files_only, weights=False)
     print("\n".join(describe(summarise(checkpoint))))
+    return 0
+
+
+def _warm(parsed: argparse.Namespace) -> int:
+    stages: list[tuple[str, float]] = []
+
+    def stage(name: str) -> None:
+        now = time.perf_counter()
+        if stages:
+            print(f"{stages[-1][0]:<24}{now - stages[-1][1]:8.2f} s", flush=True)
+        stages.append((name, now))
+
+    stage("imports")
+    from aloud.api import Runtime
+
+    runtime = Runtime.load(
+        parsed.model,
+        revision=parsed.revision,
+        local_files_only=parsed.local_files_only,
+        device=parsed.device,
+        dtype=parsed.dtype,
+        max_streams=parsed.max_streams,
+        max_positions=parsed.max_positions,
+        progress=stage,
+    )
+    runtime.warm(stage)
+    stage("total")
+    print(f"{'total':<24}{stages[-1][1] - stages[0][1]:8.2f} s")
+    if runtime.device.type == "cpu":
+        print("On a CPU nothing is compiled or captured: a later start takes the same time.")
     return 0
 
 

@@ -160,6 +160,10 @@ class LogitsNotFinite(AloudError):
     """The model computed NaN or infinite logits, from which no token can be drawn."""
 
 
+class StepFailed(AloudError):
+    """The model's step failed for a reason that is not the request's."""
+
+
 class NothingSpoken(AloudError):
     """The model ended at once or produced only silence, again after a retry."""
 

@@ -1,4 +1,4 @@
-"""How much memory is free, and running out of it said in words."""
+"""How much memory things take and how much is free, and running out of it said in words."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from pathlib import Path
 import torch
 
 from aloud.errors import OutOfMemory
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """Every tensor in a dataclass of tensors, tuples and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    if hasattr(value, "__dataclass_fields__"):
+        return [tensor for name in value.__dataclass_fields__ for tensor in tensors_of(getattr(value, name))]
+    return []
+
+
+def bytes_of(value: object) -> int:
+    """Bytes of every tensor in it, as `tensors_of` finds them."""
+    return sum(tensor.nbytes for tensor in tensors_of(value))
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -34,16 +50,19 @@ def out_of_memory(what: str, device: torch.device, cure: str) -> Iterator[None]:
     """Turn every way in which an allocation fails into `OutOfMemory`."""
     try:
         yield
-    except (
-        MemoryError,
-        RuntimeError,
-    ) as error:  # torch.OutOfMemoryError is a RuntimeError; on the CPU it is a plain one
-        plain = not isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if plain and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         free = free_bytes(device)
         have = "" if free is None else f"; {_gigabytes(free)} are free"
         raise OutOfMemory(f"{what} more memory than {device} has{have}. {cure}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: on the CPU torch raises a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _gigabytes(count: int) -> str:

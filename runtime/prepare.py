@@ -14,12 +14,13 @@ from aloud import memory
 from aloud.audio import read_audio
 from aloud.codec import mimi
 from aloud.engine.guards import text_limit_frames
-from aloud.engine.loop import Job
+from aloud.engine.stream import Job
 from aloud.errors import ContextTooLong, RequestError, SamplingInvalid, SpeakerInvalid, TextEmpty
 from aloud.models.csm import Csm
 from aloud.request import MAX_TEMPERATURE, MIN_TEMPERATURE, Guards, Prompt, Request, Sampling, Segment
 from aloud.text.csm import Turn, build_prompt, turn_text
 from aloud.text.tokenizer import Tokenizer
+from aloud.voice import Voice
 
 MAX_SECONDS = 90.0
 """The longest speech when nothing else bounds it."""
@@ -35,6 +36,8 @@ def check_request(request: Request) -> None:
     if not request.text.strip():
         raise TextEmpty("There is no text to say. Give at least one letter.")
     _check_speaker(request.speaker)
+    if request.voice is not None and not isinstance(request.voice, Voice):
+        raise RequestError(f"voice is what `Runtime.voice` returns, got {type(request.voice).__name__}.")
     if not isinstance(request.context, Sequence):
         raise RequestError(f"The context is a list of aloud.Segment, got {type(request.context).__name__}.")
     for segment in request.context:
@@ -48,30 +51,45 @@ def check_request(request: Request) -> None:
     _check_guards(request.guards)
 
 
-def prepare(model: Csm, tokenizer: Tokenizer, defaults: Sampling, requests: Sequence[Request]) -> list[Job]:
-    """Resolve requests to be run together; raises a `RequestError` for any of them before anything is encoded."""
+def prepare(
+    model: Csm, tokenizer: Tokenizer, defaults: Sampling, requests: Sequence[Request], *, max_positions: int
+) -> list[Job]:
+    """Resolve requests to be run together, in slots of `max_positions`.
+
+    Raises a `RequestError` for any of them before anything is encoded.
+    """
     if not isinstance(requests, Sequence) or not all(isinstance(request, Request) for request in requests):
         raise RequestError("A batch is a list of aloud.Request. Give each text as Request(text).")
     for request in requests:
         check_request(request)
     rate = model.config.codec.frame_rate
     lengths = [_whole_frames(request.max_seconds, rate) for request in requests]
-    conversations = [
-        _read(model, tokenizer, [*request.context, Segment(request.text, speaker=request.speaker)], asked or 1)
-        for request, asked in zip(requests, lengths, strict=True)
-    ]
+    for request in requests:
+        if request.voice is not None and request.voice.model is not model:
+            raise RequestError("The voice was made by another runtime. Make it with `voice` of the one that speaks.")
+    conversations = []
+    for request, asked in zip(requests, lengths, strict=True):
+        parts = _read(
+            model, tokenizer, [*request.context, Segment(request.text, speaker=request.speaker)], max_positions
+        )
+        before = 0 if request.voice is None else len(request.voice.prefix)
+        _check_fits(before + _positions(parts), asked or 1, max_positions, model.config.codec.frame_rate)
+        conversations.append(parts)
     return [
-        _job(model, defaults, request, asked, _encode_conversation(model, conversation))
+        _job(model, defaults, request, asked, _encode_conversation(model, conversation), max_positions)
         for request, asked, conversation in zip(requests, lengths, conversations, strict=True)
     ]
 
 
-def read_segments(model: Csm, tokenizer: Tokenizer, segments: Sequence[Segment]) -> tuple[Prompt, list[int | None]]:
+def read_segments(
+    model: Csm, tokenizer: Tokenizer, segments: Sequence[Segment], *, max_positions: int
+) -> tuple[Prompt, list[int | None]]:
     """A conversation's prompt with its audio encoded, and the frames of each segment's audio, None for text alone.
 
     Raises what is wrong with a segment, and `ContextTooLong`, both before anything is encoded.
     """
-    conversation = _read(model, tokenizer, segments, frames=0)
+    conversation = _read(model, tokenizer, segments, max_positions)
+    _check_fits(_positions(conversation), 0, max_positions, model.config.codec.frame_rate)
     return _encode_conversation(model, conversation), [part.frames for part in conversation]
 
 
@@ -80,11 +98,6 @@ def encode(model: Csm, samples: np.ndarray) -> torch.Tensor:
     with memory.out_of_memory("Encoding audio needs", model.device, "Free some memory, or load on another device."):
         codes = mimi.encode(model.config.codec, model.codec, torch.from_numpy(samples), model.config.codebooks)
     return codes.T.cpu()
-
-
-def context_seconds(model: Csm) -> float:
-    """The longest audio that the model's context could hold, in seconds."""
-    return model.max_positions / model.config.codec.frame_rate
 
 
 def resolve_sampling(defaults: Sampling, request: Request) -> Sampling:
@@ -106,8 +119,8 @@ class _Part:
     frames: int | None
 
 
-def _read(model: Csm, tokenizer: Tokenizer, segments: Sequence[Segment], frames: int) -> list[_Part]:
-    """Read a conversation's segments and check that its prompt leaves room for `frames` frames of speech."""
+def _read(model: Csm, tokenizer: Tokenizer, segments: Sequence[Segment], max_positions: int) -> list[_Part]:
+    """Read a conversation's segments; audio that alone is longer than the context is not read to its end."""
     codec = model.config.codec
     parts = []
     for segment in segments:
@@ -116,12 +129,14 @@ def _read(model: Csm, tokenizer: Tokenizer, segments: Sequence[Segment], frames:
         if segment.audio is None:
             parts.append(_Part(text, None, None))
             continue
-        samples = read_audio(segment.audio, sample_rate=codec.sample_rate, max_seconds=context_seconds(model))
+        samples = read_audio(segment.audio, sample_rate=codec.sample_rate, max_seconds=max_positions / codec.frame_rate)
         parts.append(_Part(text, samples, math.ceil(len(samples) / codec.frame_size)))
-    # Behind the frames of a segment's audio stands one that ends it.
-    positions = sum(len(part.text) + (0 if part.frames is None else part.frames + 1) for part in parts)
-    _check_fits(model, positions, frames)
     return parts
+
+
+def _positions(parts: Sequence[_Part]) -> int:
+    """Positions of a conversation's prompt: behind the frames of a segment's audio stands one that ends it."""
+    return sum(len(part.text) + (0 if part.frames is None else part.frames + 1) for part in parts)
 
 
 def _encode_conversation(model: Csm, parts: Sequence[_Part]) -> Prompt:
@@ -129,12 +144,15 @@ def _encode_conversation(model: Csm, parts: Sequence[_Part]) -> Prompt:
     return build_prompt(model.config, turns)
 
 
-def _job(model: Csm, defaults: Sampling, request: Request, asked: int | None, prompt: Prompt) -> Job:
+def _job(
+    model: Csm, defaults: Sampling, request: Request, asked: int | None, prompt: Prompt, max_positions: int
+) -> Job:
     """`asked` frames at most; None: as many as fit."""
     rate = model.config.codec.frame_rate
     default_guards = Guards() if asked is None else Guards.off()
     guards = default_guards if request.guards is None else request.guards
-    room = model.max_positions + 1 - len(prompt)
+    prefix = None if request.voice is None else request.voice.prefix
+    room = max_positions + 1 - len(prompt) - (0 if prefix is None else len(prefix))
     return Job(
         prompt=prompt,
         sampling=resolve_sampling(defaults, request),
@@ -142,6 +160,7 @@ def _job(model: Csm, defaults: Sampling, request: Request, asked: int | None, pr
         max_frames=min(room, round(MAX_SECONDS * rate)) if asked is None else asked,
         guards=guards,
         text_limit_frames=text_limit_frames(guards, request.text, rate),
+        prefix=prefix,
     )
 
 
@@ -150,9 +169,8 @@ def _whole_frames(max_seconds: float | None, frame_rate_hz: float) -> int | None
     return None if max_seconds is None else max(1, math.floor(float(max_seconds) * frame_rate_hz + 0.5))
 
 
-def _check_fits(model: Csm, prompt_positions: int, frames: int) -> None:
+def _check_fits(prompt_positions: int, frames: int, limit: int, rate: float) -> None:
     """A frame more fits than there are positions left: the last one is never read back."""
-    limit, rate = model.max_positions, model.config.codec.frame_rate
     if prompt_positions > limit:
         raise ContextTooLong(
             f"The prompt takes {prompt_positions} positions, {prompt_positions - limit} more than the model's context "

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from aloud.audio import Audio
+    from aloud.voice import Voice
 
     # What `aloud.read_audio` takes.
     AudioSource: TypeAlias = (
@@ -100,6 +101,7 @@ class Request:
     seed: int | None = None
     max_seconds: float | None = None
     guards: Guards | None = None
+    voice: Voice | None = None
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,23 @@
-"""From a loop's frames to what a caller hears: chunks as they are made, or the whole, trimmed; empty speech retried."""
+"""From the loop's frames to what is heard: chunks as they are made, or the whole, trimmed; empty speech retried."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import torch
+import numpy as np
 from tqdm import tqdm
 
-from aloud import memory
 from aloud.audio import Audio
+from aloud.codec.config import MimiConfig
 from aloud.engine.guards import is_silent
-from aloud.engine.loop import Delivery, Job, Spoken, run
+from aloud.engine.loop import Loop
+from aloud.engine.stream import Job, Spoken, Stream
 from aloud.errors import NothingSpoken
-from aloud.models.csm import Csm
 
 
 class SpeechStream(Iterator[Audio]):
@@ -28,12 +27,17 @@ class SpeechStream(Iterator[Audio]):
     when the model ends by itself. A silent tail is not trimmed: it has been heard already.
     """
 
-    def __init__(self, model: Csm, job: Job, *, progress: bool) -> None:
+    def __init__(self, loop: Loop, codec: MimiConfig, job: Job, *, progress: bool) -> None:
         """Of `Runtime.stream`."""
         self.finish_reason: str | None = None
-        self._model = model
+        self._loop = loop
+        self._codec = codec
         self._job = job
-        self._chunks = self._iterate(progress)
+        self._stream: Stream | None = None  # from the first chunk that is asked for until the last
+        self._attempt = 1
+        self._has_spoken = False
+        self._is_closed = False
+        self._bar = _Progress(disable=not progress, file=sys.stderr, bar_format=_Progress.FORMAT)
 
     @property
     def seed(self) -> int:
@@ -42,11 +46,32 @@ class SpeechStream(Iterator[Audio]):
 
     def __next__(self) -> Audio:
         """The next chunk."""
-        return next(self._chunks)
+        try:
+            while not self._is_closed:
+                if self._stream is None:
+                    self._stream = self._loop.submit(self._job)
+                part = self._loop.next(self._stream)
+                if part is not None:
+                    self._has_spoken = True
+                    self._bar.update(1 / self._codec.frame_rate)
+                    return _audio(self._codec, self._job, [part], _reason_with_last_frame(self._stream))
+                if self._has_spoken:
+                    self.finish_reason = self._stream.finish_reason
+                    self.close()
+                else:
+                    self._job = next_attempt(self._job, self._attempt)
+                    self._stream, self._attempt = None, self._attempt + 1
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
 
     def close(self) -> None:
-        """Stop speaking and free the stream's memory."""
-        self._chunks.close()
+        """Stop speaking and free the stream's slot."""
+        self._is_closed = True
+        self._bar.close()
+        if self._stream is not None:
+            self._loop.cancel(self._stream)
 
     def __enter__(self) -> SpeechStream:
         return self
@@ -56,29 +81,27 @@ class SpeechStream(Iterator[Audio]):
     ) -> None:
         self.close()
 
-    def _iterate(self, progress: bool) -> Generator[Audio, None, None]:
-        spoken = False
-        for attempt in (1, 2):
-            with closing(deliver(self._model, [self._job], progress=progress)) as deliveries:
-                for delivery in deliveries:
-                    if delivery.spoken is not None:
-                        spoken = True
-                        yield _audio(self._model, self._job, [delivery.spoken], delivery.finish_reason)
-            if spoken:
-                self.finish_reason = delivery.finish_reason
-                return
-            self._job = next_attempt(self._job, attempt)
+    def __del__(self) -> None:
+        self.close()
 
 
-def speak(model: Csm, jobs: Sequence[Job], *, progress: bool) -> list[Audio]:
+def _reason_with_last_frame(stream: Stream) -> str | None:
+    """Why a stream ended, if the frame just taken was known to be its last when it was made."""
+    if stream.finish_reason == "end" or stream.frames:
+        return None
+    return stream.finish_reason
+
+
+def speak(loop: Loop, codec: MimiConfig, jobs: Sequence[Job], *, progress: bool) -> list[Audio]:
     """Run jobs together to their ends; raises `NothingSpoken` when one says nothing twice."""
-    spoken = _speak_once(model, jobs, progress=progress)
-    for index, job in enumerate(jobs):
-        for attempt in (1, 2):
-            if len(spoken[index].samples):
-                break
-            job = next_attempt(job, attempt)
-            spoken[index] = _speak_once(model, [job], progress=progress)[0]
+    with _Progress(disable=not progress, file=sys.stderr, bar_format=_Progress.FORMAT) as bar:
+        spoken = _speak_once(loop, codec, jobs, bar)
+        for index, job in enumerate(jobs):
+            for attempt in (1, 2):
+                if len(spoken[index].samples):
+                    break
+                job = next_attempt(job, attempt)
+                spoken[index] = _speak_once(loop, codec, [job], bar)[0]
     return spoken
 
 
@@ -96,20 +119,6 @@ def next_attempt(job: Job, attempt: int) -> Job:
     return replace(job, seed=(job.seed + 1) % 2**64)
 
 
-def deliver(model: Csm, jobs: Sequence[Job], *, progress: bool) -> Generator[Delivery, None, None]:
-    """The loop's deliveries, with a bar on stderr if asked for, and with running out of memory said in words."""
-    rate = model.config.codec.frame_rate
-    cure = "Ask for fewer seconds or fewer requests together, shorten the context, or free some memory."
-    with (
-        memory.out_of_memory("Speaking needs", model.device, cure),
-        _Progress(disable=not progress, file=sys.stderr, bar_format=_Progress.FORMAT) as bar,
-    ):
-        for delivery in run(model, jobs, rate):
-            if delivery.spoken is not None:
-                bar.update(1 / rate)
-            yield delivery
-
-
 class _Progress(tqdm):
     """A bar without an end, in seconds of audio."""
 
@@ -122,34 +131,39 @@ class _Progress(tqdm):
         return values | {"speed": values["n"] / values["elapsed"] if values["elapsed"] else 0.0}
 
 
-def _speak_once(model: Csm, jobs: Sequence[Job], *, progress: bool) -> list[Audio]:
+def _speak_once(loop: Loop, codec: MimiConfig, jobs: Sequence[Job], bar: _Progress) -> list[Audio]:
     received: list[list[Spoken]] = [[] for _ in jobs]
-    reasons: list[str | None] = [None] * len(jobs)
-    for delivery in deliver(model, jobs, progress=progress):
-        reasons[delivery.job] = delivery.finish_reason
-        if delivery.spoken is not None:
-            received[delivery.job].append(delivery.spoken)
+    streams = [loop.submit(job) for job in jobs]
+    try:
+        for parts, stream in zip(received, streams, strict=True):
+            while (spoken := loop.next(stream)) is not None:
+                parts.append(spoken)
+                bar.update(1 / codec.frame_rate)
+                # Waiting for one makes frames of all, and none of them shall have to wait for room.
+                for other_parts, other in zip(received, streams, strict=True):
+                    while other is not stream and (spoken := other.take()) is not None:
+                        other_parts.append(spoken)
+                        bar.update(1 / codec.frame_rate)
+    finally:
+        for stream in streams:
+            loop.cancel(stream)
     return [
-        _audio(model, job, _trim(model, job, parts), reason)
-        for job, parts, reason in zip(jobs, received, reasons, strict=True)
+        _audio(codec, job, _trim(codec, job, parts), stream.finish_reason)
+        for job, parts, stream in zip(jobs, received, streams, strict=True)
     ]
 
 
-def _trim(model: Csm, job: Job, parts: list[Spoken]) -> list[Spoken]:
+def _trim(codec: MimiConfig, job: Job, parts: list[Spoken]) -> list[Spoken]:
     """Leave out the silent tail but for a short rest; everything, if nothing was ever heard."""
     if job.guards.silence_seconds is None:
         return parts
-    heard = max(
-        (index + 1 for index, part in enumerate(parts) if not is_silent(job.guards, part.samples)),
-        default=None,
-    )
+    heard = max((index + 1 for index, part in enumerate(parts) if not is_silent(job.guards, part.power)), default=None)
     if heard is None:
         return []
-    return parts[: heard + math.ceil(job.guards.silence_kept_seconds * model.config.codec.frame_rate)]
+    return parts[: heard + math.ceil(job.guards.silence_kept_seconds * codec.frame_rate)]
 
 
-def _audio(model: Csm, job: Job, parts: Sequence[Spoken], finish_reason: str | None) -> Audio:
-    config = model.config
-    samples = torch.cat([part.samples for part in parts]) if parts else torch.zeros(0)
-    codes = torch.stack([part.codes for part in parts]) if parts else torch.zeros(0, config.codebooks).long()
-    return Audio(samples.numpy(), config.codec.sample_rate, codes.numpy(), seed=job.seed, finish_reason=finish_reason)
+def _audio(codec: MimiConfig, job: Job, parts: Sequence[Spoken], finish_reason: str | None) -> Audio:
+    samples = np.concatenate([part.samples for part in parts]) if parts else np.zeros(0, np.float32)
+    codes = np.stack([part.codes for part in parts]) if parts else np.zeros((0, job.prompt.codes.shape[1]), np.int64)
+    return Audio(samples, codec.sample_rate, codes, seed=job.seed, finish_reason=finish_reason)

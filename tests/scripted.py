@@ -10,7 +10,9 @@ from typing import NoReturn
 import torch
 
 from aloud import Runtime
-from aloud.request import Prompt, Sampling
+from aloud.models.csm import Sound
+from aloud.prompt_block import PromptBlock
+from aloud.request import Sampling
 
 CODEBOOKS = 3
 FRAME_SIZE = 8  # samples; at 100 Hz that is 80 ms, as the real codec's frames are
@@ -24,7 +26,7 @@ CONFIG = SimpleNamespace(
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame of the script, and the protocol's own when rows are stacked."""
+    """One frame of the script."""
 
     codes: torch.Tensor
     samples: torch.Tensor
@@ -48,16 +50,18 @@ class Slot:
 
     seed: int
     sampling: Sampling
-    prompt: Prompt | None = None
+    prompt_positions: int
+    read: dict[int, int] = field(default_factory=dict)  # text token at each position that was read
     frames: int = 0
 
 
 @dataclass
 class State:
-    """Memory of some streams; only its size is real."""
+    """Memory of some streams, the last one the scratch slot; only its size is real."""
 
     positions: int
     slots: list[Slot | None]
+    drawn: dict[int, Frame] = field(default_factory=dict)  # of each slot, to be decoded
 
 
 @dataclass
@@ -66,39 +70,66 @@ class ScriptedModel:
 
     script: Mapping[int, Sequence[Frame]] = field(default_factory=dict)
     max_positions: int = 2048
-    ticks: list[list[int]] = field(default_factory=list)  # the slots of every call of frame()
+    ticks: list[list[int]] = field(default_factory=list)  # the slots of every call of draw()
     states: list[State] = field(default_factory=list)  # of every call of allocate()
+    started: list[Slot] = field(default_factory=list)  # every stream, in order
 
     device = torch.device("cpu")
     config = CONFIG
+    codebooks = CODEBOOKS
+
+    def state_bytes(self, slots: int, positions: int) -> int:
+        return slots * positions
 
     def allocate(self, slots: int, positions: int) -> State:
         assert 1 <= positions <= self.max_positions
         self.states.append(State(positions, [None] * slots))
         return self.states[-1]
 
-    def start(self, state: State, slot: int, sampling: Sampling, seed: int) -> None:
-        state.slots[slot] = Slot(seed, sampling)
+    def start(self, state: State, slot: int, sampling: Sampling, seed: int, positions: int) -> None:
+        assert 0 <= slot < len(state.slots) - 1, "the scratch slot is nobody's"
+        assert 1 <= positions <= state.positions
+        state.slots[slot] = stream = Slot(seed, sampling, positions)
+        self.started.append(stream)
 
-    def prefill(self, state: State, slot: int, prompt: Prompt) -> None:
+    def prefill(self, state: State, block: PromptBlock) -> None:
+        columns = zip(block.slots.tolist(), block.positions.tolist(), block.text_tokens.tolist(), strict=True)
+        for slot, position, token in columns:
+            if slot == len(state.slots) - 1:
+                continue
+            stream = state.slots[slot]
+            assert stream is not None, "prefill before start"
+            assert position not in stream.read, "a position is read once"
+            stream.read[position] = token
+
+    def copy_prefix(self, state: State, slot: int, positions: int) -> torch.Tensor:
         stream = state.slots[slot]
-        assert stream is not None, "prefill before start"
-        assert 1 <= len(prompt) <= state.positions
-        stream.prompt = prompt
+        assert stream is not None
+        return torch.tensor([stream.read.get(position, -1) for position in range(positions)])
 
-    def frame(self, state: State, slots: torch.Tensor) -> Frame:
+    def paste_prefix(self, state: State, slot: int, prefix: torch.Tensor) -> None:
+        stream = state.slots[slot]
+        assert stream is not None
+        stream.read = dict(enumerate(prefix.tolist()))
+
+    def draw(self, state: State, slots: torch.Tensor) -> torch.Tensor:
         self.ticks.append(slots.tolist())
-        frames = [self._next(state, slot) for slot in slots.tolist()]
-        parts = ("codes", "samples", "ended")
-        return Frame(*(torch.stack([getattr(frame, part) for frame in frames]) for part in parts))
+        for slot in slots.tolist():
+            state.drawn[slot] = END if slot == len(state.slots) - 1 else self._next(state, slot)
+        return torch.stack([state.drawn[slot].codes for slot in slots.tolist()])
+
+    def decode(self, state: State, codes: torch.Tensor, slots: torch.Tensor) -> Sound:
+        frames = [state.drawn[slot] for slot in slots.tolist()]
+        samples = torch.stack([frame.samples for frame in frames])
+        return Sound(samples, samples.square().mean(dim=1), torch.stack([frame.ended for frame in frames]))
 
     def _next(self, state: State, slot: int) -> Frame:
         stream = state.slots[slot]
         assert stream is not None, "frame before start"
-        assert stream.prompt is not None, "frame before prefill"
+        assert sorted(stream.read) == list(range(stream.prompt_positions)), "frame before the whole prompt was read"
         stream.frames += 1
         # The first frame reads the prompt's last position, every further one a position more.
-        assert len(stream.prompt) + stream.frames - 1 <= state.positions, "a frame beyond the memory asked for"
+        assert stream.prompt_positions + stream.frames - 1 <= state.positions, "a frame beyond the memory of a slot"
         script = self.script.get(stream.seed)
         if script is None:
             return said(1 + (stream.frames - 1) % 99)

@@ -110,9 +110,7 @@ def test_the_checkpoint_says_how_it_is_sampled(runtime: Runtime, seed: int) -> N
 def test_what_is_given_for_the_whole_goes_for_both_decoders(given: dict[str, Any], expected: Sampling) -> None:
     model = ScriptedModel()
     runtime_of(model, Sampling(0.8, 20, 0.7, 10)).speak("Hello.", max_seconds=0.08, **given)
-    (slot,) = model.states[0].slots
-    assert slot is not None
-    assert slot.sampling == expected
+    assert [stream.sampling for stream in model.started] == [expected]
 
 
 def test_greedy_needs_no_seed_to_repeat(runtime: Runtime) -> None:
@@ -257,7 +255,7 @@ def test_only_the_empty_ones_of_a_batch_are_tried_again() -> None:
     first, second, third = runtime_of(model).speak_batch([Request("Hello.", seed=seed) for seed in (1, 5, 9)])
     assert [spoken_codes(audio) for audio in (first, second, third)] == [[1, 2, 3], [40, 41], [80, 81, 82, 83]]
     assert [audio.seed for audio in (first, second, third)] == [1, 6, 9]
-    assert [len(state.slots) for state in model.states] == [3, 1]
+    assert [stream.seed for stream in model.started] == [1, 5, 9, 6]
 
 
 def test_a_checkpoint_that_ends_at_once_has_nothing_to_say(tmp_path: Path, seed: int) -> None:
@@ -280,7 +278,7 @@ def test_weights_of_nan_are_an_error_and_no_token(part: str, tmp_path: Path, see
         else:
             model.depth_decoder.codebooks_head.weight[1, 0, 5] = torch.nan
     runtime = Runtime.load(oracle.save(model, tmp_path), device="cpu")
-    with pytest.raises(errors.LogitsNotFinite, match=r"not finite in frame 1 of request 0\."):
+    with pytest.raises(errors.LogitsNotFinite, match=r"not finite in frame 1\."):
         runtime.speak("Hello.", seed=seed)
 
 
@@ -487,17 +485,27 @@ def on_a_gpu(*_: object) -> None:
 
 
 @pytest.mark.parametrize("fail", [beyond_memory, beyond_python, on_a_gpu], ids=["torch", "Python", "CUDA"])
-@pytest.mark.parametrize("what", ["allocate", "frame"])
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("allocate", r"^Room for \d+ streams of \d+ positions takes more memory than cpu has.*smaller max_streams or"),
+        ("start", r"^There was not enough memory for a step.*smaller max_streams or max_positions\.$"),
+        ("prefill", r"^There was not enough memory for a step"),
+        ("draw", r"^There was not enough memory for a step"),
+        ("decode", r"^There was not enough memory for a step"),
+    ],
+)
 @pytest.mark.parametrize("how", ["speak", "stream"])
 def test_running_out_of_memory_is_said_in_words(
-    runtime: Runtime, how: str, what: str, fail: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+    pair: Pair, how: str, what: str, sentence: str, fail: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    monkeypatch.setattr(Csm, what, fail)
-    with pytest.raises(
-        errors.OutOfMemory, match=r"^Speaking needs more memory than cpu has.*Ask for fewer seconds or fewer requests"
-    ):
-        list(getattr(runtime, how)("Hello.", max_seconds=0.08))
+    runtime = Runtime.load(pair.folder, device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        patch.setattr(Csm, what, fail)
+        with pytest.raises(errors.OutOfMemory, match=sentence):
+            list(getattr(runtime, how)("Hello.", max_seconds=0.08))
+    assert len(runtime.speak("Hello.", max_seconds=0.08).samples) == 1920  # and it goes on
 
 
 def test_encoding_that_runs_out_of_memory_says_so(runtime: Runtime, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,6 +521,8 @@ def test_another_fault_is_not_called_memory(runtime: Runtime, monkeypatch: pytes
     def fail(*_: object) -> None:
         raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
 
-    monkeypatch.setattr(Csm, "frame", fail)
-    with pytest.raises(RuntimeError, match="size of tensor a"):
-        runtime.speak("Hello.")
+    with monkeypatch.context() as patch:
+        patch.setattr(Csm, "draw", fail)
+        with pytest.raises(errors.StepFailed, match="size of tensor a"):
+            runtime.speak("Hello.", max_seconds=0.08)
+    runtime.speak("Hello.", max_seconds=0.08)

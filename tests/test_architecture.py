@@ -21,6 +21,7 @@ FLOORS: list[list[str]] = [
     ["aloud.benchmarks"],
     ["aloud.api", "aloud.session"],
     ["aloud.speech", "aloud.prepare"],
+    ["aloud.voice"],
     ["aloud.engine", "aloud.checkpoint", "aloud.text"],
     ["aloud.models"],
     ["aloud.codec"],
@@ -29,6 +30,7 @@ FLOORS: list[list[str]] = [
     ["aloud.audio"],
     ["aloud.audio_plot", "aloud.audio_show"],
     ["aloud.audio_file"],
+    ["aloud.prompt_block"],
     ["aloud.request", "aloud.memory"],
     ["aloud.errors"],
 ]

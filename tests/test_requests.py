@@ -210,7 +210,7 @@ def test_without_a_length_speech_may_fill_the_context(left: int) -> None:
     spoken = runtime_of(model).speak(text_of(LIMIT - left), guards=Guards.off(), seed=5)
     assert len(spoken.samples) == (left + 1) * FRAME_SIZE
     assert spoken.finish_reason == "length"
-    assert model.states[0].positions == LIMIT
+    assert [state.positions for state in model.states] == [LIMIT]
 
 
 def test_without_a_length_speech_is_at_most_90_seconds() -> None:

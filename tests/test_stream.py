@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import weakref
 
 import numpy as np
 import pytest
 import torch
 
 from aloud import Audio, Guards, Runtime, Segment, SpeechStream
-from aloud.models import csm
 from aloud.models.csm import Csm, CsmState
 from oracle import csm as oracle
 from scripted import ScriptedModel, runtime_of, said
@@ -25,15 +23,15 @@ def runtime(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of every call of the real model's frame()."""
+    """The rows of every call of the real model's draw()."""
     calls: list[int] = []
-    frame = Csm.frame
+    draw = Csm.draw
 
-    def counted(self: Csm, state: CsmState, slots: torch.Tensor) -> csm.Frame:
+    def counted(self: Csm, state: CsmState, slots: torch.Tensor) -> torch.Tensor:
         calls.append(len(slots))
-        return frame(self, state, slots)
+        return draw(self, state, slots)
 
-    monkeypatch.setattr(Csm, "frame", counted)
+    monkeypatch.setattr(Csm, "draw", counted)
     return calls
 
 
@@ -82,23 +80,20 @@ def test_a_stream_that_is_closed_computes_no_more(runtime: Runtime, computed: li
     runtime.stream("Hello.").close()  # before the first chunk
 
 
-def test_closing_frees_the_streams_memory(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    states: list[weakref.ref[CsmState]] = []
-    allocate = Csm.allocate
-
-    def remembered(self: Csm, slots: int, positions: int) -> CsmState:
-        state = allocate(self, slots, positions)
-        states.append(weakref.ref(state))
-        return state
-
-    monkeypatch.setattr(Csm, "allocate", remembered)
+def test_a_stream_has_a_slot_from_its_first_chunk_until_it_is_closed(runtime: Runtime) -> None:
+    loop, _ = runtime._running()
     stream = runtime.stream("Hello.", max_seconds=0.8)
-    assert states == []  # nothing is held before the first chunk is asked for
+    assert loop.is_idle  # nothing is held before the first chunk is asked for
     next(stream)
-    assert states[0]() is not None
+    assert not loop.is_idle
     stream.close()
+    assert loop.is_idle
+    forgotten = runtime.stream("Hello.", max_seconds=0.8)
+    next(forgotten)
+    assert not loop.is_idle
+    del forgotten
     gc.collect()
-    assert states[0]() is None
+    assert loop.is_idle
 
 
 def test_two_streams_in_turns_do_not_mix(runtime: Runtime, seed: int) -> None:

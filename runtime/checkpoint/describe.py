@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from aloud.checkpoint.load import Summary, tensors_of, weight_bytes
-from aloud.models.csm import allocate, allocate_weights
+from aloud import memory
+from aloud.checkpoint.load import Summary, weight_bytes
+from aloud.models.csm import CsmConfig, state_bytes
 from aloud.models.transformer import TransformerConfig
 
 
@@ -35,12 +36,30 @@ def describe(summary: Summary) -> list[str]:
         "memory          weights     a stream, full context",
     ]
     for dtype in (torch.float32, torch.bfloat16):
-        weights = allocate_weights(config, device=torch.device("meta"), dtype=dtype)
-        stream = allocate(config, weights, slots=1, positions=config.backbone.positions)
-        stream_bytes = sum(tensor.nbytes for tensor in tensors_of(stream))
+        positions = config.backbone.positions
+        stream_bytes = state_bytes(config, 2, positions, dtype=dtype) - state_bytes(config, 1, positions, dtype=dtype)
         name = str(dtype).removeprefix("torch.")
         lines.append(f"  {name:<14}{_size(weight_bytes(config, dtype))}  {_size(stream_bytes)}")
+    lines.append("streams that fit beside the weights, full context")
+    lines += [_fitting(config, device) for device in devices()]
     return lines
+
+
+def devices() -> list[torch.device]:
+    """What this machine could run on."""
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+
+
+def _fitting(config: CsmConfig, device: torch.device) -> str:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    positions = config.backbone.positions
+    name, free = str(dtype).removeprefix("torch."), memory.free_bytes(device)
+    if free is None:
+        return f"  {device!s:<14}unknown: the system does not say how much memory is free"
+    # The first slot is the scratch slot.
+    one, two = (state_bytes(config, slots, positions, dtype=dtype) for slots in (1, 2))
+    count = max(0, (free - weight_bytes(config, dtype) - one) // (two - one))
+    return f"  {device!s:<14}{count:,} in {name}, of {free / 1e9:.1f} GB free now"
 
 
 def _stack(stack: TransformerConfig) -> str:

@@ -104,18 +104,7 @@ def weight_bytes(config: CsmConfig, dtype: torch.dtype) -> int:
     """Bytes that the loaded weights take: the decoders' in `dtype`, the codec's in float32."""
     weights = allocate_weights(config, device=torch.device("meta"), dtype=dtype)
     codec = sum(math.prod(shape) for shape in mimi.expected_tensors(config.codec, "transformers").values())
-    return sum(tensor.nbytes for tensor in tensors_of(weights)) + 4 * codec
-
-
-def tensors_of(value: object) -> list[torch.Tensor]:
-    """Every tensor in a dataclass of tensors, tuples and dataclasses."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, tuple):
-        return [tensor for item in value for tensor in tensors_of(item)]
-    if hasattr(value, "__dataclass_fields__"):
-        return [tensor for name in value.__dataclass_fields__ for tensor in tensors_of(getattr(value, name))]
-    return []
+    return memory.bytes_of(weights) + 4 * codec
 
 
 def _load_separate_codec(
@@ -152,7 +141,7 @@ def _layout(source: Source, raw: dict[str, Any]) -> str:
 def _count(weights: object) -> int:
     """Parameters of a stack: its tensors but the RoPE table."""
     table = getattr(weights, "rope_table", None)
-    return sum(tensor.numel() for tensor in tensors_of(weights) if tensor is not table)
+    return sum(tensor.numel() for tensor in memory.tensors_of(weights) if tensor is not table)
 
 
 def _cure(dtype: torch.dtype) -> str:

@@ -125,18 +125,18 @@ def allocate_decoder_state(
     return _allocate(config, decoder_sizes(config), upsample_sizes(config), slots, device, dtype)
 
 
-def reset(state: MimiState, slots: Tensor) -> None:
-    """Make slots fresh, so that nothing is left of the streams they held.
+def reset(state: MimiState, slot: int) -> None:
+    """Make a slot fresh, so that nothing is left of the stream it held.
 
     Args:
         state: of either side, changed in place.
-        slots: `[rows]` int64, the slots to reset.
+        slot: the slot; a number and not a tensor, so that nothing has to be copied to the device first.
     """
-    state.positions.index_fill_(0, slots, 0)
+    state.positions[slot] = 0
     # Zeros, not only a counter: what attention masks out still meets a weight of 0, and 0 * NaN is NaN.
-    state.ring.index_fill_(2, slots, 0)
+    state.ring[:, :, slot].zero_()
     for carried in (state.resample, *state.seanet.leaves()):
-        carried.index_fill_(0, slots, 0)
+        carried[slot].zero_()
 
 
 def encode_chunk(
@@ -189,7 +189,8 @@ def decode_chunk(config: MimiConfig, weights: MimiWeights, state: MimiState, cod
     """Decode the next frames of every row's stream.
 
     No value of a tensor decides what is launched, so a call of fixed shapes can be captured in a CUDA graph; codes are
-    therefore not checked here.
+    therefore not checked here. On a CPU each row is decoded by itself: the library's convolutions and products round
+    in another way when there are other rows.
 
     Args:
         config: the codec's sizes.
@@ -206,6 +207,9 @@ def decode_chunk(config: MimiConfig, weights: MimiWeights, state: MimiState, cod
     check("slots", slots, "rows", sizes, dtype=torch.int64)
     if not 1 <= sizes["codebooks"] <= config.num_codebooks:
         raise ValueError(f"codes must have 1 to {config.num_codebooks} codebooks, got {sizes['codebooks']}")
+    if not codes.is_cuda and sizes["rows"] > 1:
+        alone = zip(codes.split(1), slots.split(1), strict=True)
+        return torch.cat([decode_chunk(config, weights, state, row, slot) for row, slot in alone])
 
     latents = dequantize(weights.semantic, codes[:, : config.num_semantic_codebooks])
     if sizes["codebooks"] > config.num_semantic_codebooks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
 
 from aloud.request import Guards
 
@@ -20,39 +20,57 @@ def text_limit_frames(guards: Guards, text: str, frame_rate_hz: float) -> int | 
     return math.ceil((guards.text_seconds + guards.text_seconds_per_byte * weight) * frame_rate_hz)
 
 
-def is_silent(guards: Guards, samples: torch.Tensor) -> bool:
-    """Whether a frame's root mean square, samples [frame_size] of full scale 1, is below the guards' threshold."""
-    return float(samples.square().mean().sqrt()) < 10 ** (guards.silence_dbfs / 20)
+def is_silent(guards: Guards, power: float) -> bool:
+    """Whether a frame whose samples' mean square is `power`, at full scale 1, is below the guards' threshold."""
+    return power < silence_power(guards)
 
 
-class Watch:
-    """One stream's guards: sees every frame and says when to stop."""
-
-    def __init__(self, guards: Guards, text_limit: int | None, frame_rate_hz: float) -> None:
-        """`text_limit` in frames, of `text_limit_frames`."""
-        self._guards = guards
-        self._text_limit = text_limit
-        self._silence_limit = _frames(guards.silence_seconds, frame_rate_hz)
-        self._repeat_limit = _frames(guards.repeat_seconds, frame_rate_hz)
-        self._spoken = 0
-        self._silent = 0
-        self._repeated = 0
-        self._last: torch.Tensor | None = None
-
-    def see(self, codes: torch.Tensor, samples: torch.Tensor) -> str | None:
-        """Take in a frame, codes [codebooks] and samples [frame_size] -> the guard that stops the stream, or None."""
-        self._spoken += 1
-        self._silent = self._silent + 1 if is_silent(self._guards, samples) else 0
-        self._repeated = self._repeated + 1 if self._last is not None and torch.equal(codes, self._last) else 1
-        self._last = codes
-        if self._silence_limit is not None and self._silent >= self._silence_limit:
-            return "silence"
-        if self._repeat_limit is not None and self._repeated >= self._repeat_limit:
-            return "repeat"
-        if self._text_limit is not None and self._spoken >= self._text_limit:
-            return "text_length"
-        return None
+def silence_power(guards: Guards) -> float:
+    """The mean square below which a frame is silent."""
+    return float(10 ** (guards.silence_dbfs / 10))
 
 
-def _frames(seconds: float | None, frame_rate_hz: float) -> int | None:
-    return None if seconds is None else max(1, math.ceil(seconds * frame_rate_hz))
+REASONS = (None, "silence", "repeat", "text_length")
+"""What `Watches.see` answers with is an index of these."""
+NEVER = 2**62
+
+
+class Watches:
+    """The guards of all slots: they see every frame and say which streams to stop."""
+
+    def __init__(self, slots: int, frame_rate_hz: float) -> None:
+        """For streams in slots 0 to `slots` - 1."""
+        self._frame_rate_hz = frame_rate_hz
+        self._silence_power = np.zeros(slots)
+        self._silence_limit, self._repeat_limit, self._text_limit = (np.full(slots, NEVER) for _ in range(3))
+        self._spoken, self._silent, self._repeated = (np.zeros(slots, np.int64) for _ in range(3))
+        self._last: np.ndarray | None = None  # int64 [slots, codebooks], once it is known how many
+
+    def start(self, slot: int, guards: Guards, text_limit: int | None) -> None:
+        """Watch a new stream; `text_limit` in frames, of `text_limit_frames`."""
+        self._silence_power[slot] = silence_power(guards)
+        self._silence_limit[slot] = _frames(guards.silence_seconds, self._frame_rate_hz)
+        self._repeat_limit[slot] = _frames(guards.repeat_seconds, self._frame_rate_hz)
+        self._text_limit[slot] = NEVER if text_limit is None else text_limit
+        self._spoken[slot] = self._silent[slot] = self._repeated[slot] = 0
+
+    def see(self, slots: np.ndarray, codes: np.ndarray, power: np.ndarray) -> np.ndarray:
+        """Take in a frame of each stream in slots int64 [rows]: codes int64 [rows, codebooks], power float32 [rows].
+
+        -> [rows] of indexes into `REASONS`: the guard that stops the stream
+        """
+        if self._last is None:
+            self._last = np.zeros((len(self._spoken), codes.shape[1]), np.int64)
+        same = (codes == self._last[slots]).all(axis=1) & (self._spoken[slots] > 0)
+        self._last[slots] = codes
+        self._spoken[slots] += 1
+        self._silent[slots] = np.where(power < self._silence_power[slots], self._silent[slots] + 1, 0)
+        self._repeated[slots] = np.where(same, self._repeated[slots] + 1, 1)
+        reasons = np.where(self._spoken[slots] >= self._text_limit[slots], 3, 0)
+        reasons[self._repeated[slots] >= self._repeat_limit[slots]] = 2
+        reasons[self._silent[slots] >= self._silence_limit[slots]] = 1
+        return reasons
+
+
+def _frames(seconds: float | None, frame_rate_hz: float) -> int:
+    return NEVER if seconds is None else max(1, math.ceil(seconds * frame_rate_hz))

@@ -1,84 +1,398 @@
-"""The loop that steps a model: prefill every stream, then frame after frame until each has ended."""
+"""The loop: admit what waits, read prompts, launch a frame, hand out the one before; whoever waits drives it.
+
+One tick is `Loop.step`. It runs in one thread at a time: in the thread of a caller that waits for its stream, or in a
+thread that does nothing else. Everything else here may be called from any thread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
-import torch
+import numpy as np
 
-from aloud.engine.guards import Watch
-from aloud.engine.model import SpeechModel
-from aloud.errors import LogitsNotFinite
-from aloud.request import Guards, Prompt, Sampling
-
-State = TypeVar("State")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stream to run: everything resolved, nothing left to default."""
-
-    prompt: Prompt
-    sampling: Sampling
-    seed: int
-    max_frames: int
-    guards: Guards
-    text_limit_frames: int | None
+from aloud import memory
+from aloud.engine.guards import REASONS, Watches
+from aloud.engine.scheduler import Scheduler, SchedulerConfig
+from aloud.engine.steps import HostFrame, Launched, Reading, Steps
+from aloud.engine.stream import FULL_PACE_FRAMES, Job, Spoken, Stream
+from aloud.errors import AloudError, LogitsNotFinite, OutOfMemory, StepFailed
+from aloud.prompt_block import Piece
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """One frame of speech, on the CPU."""
+class _InFlight:
+    """A frame that was launched and not yet read."""
 
-    codes: torch.Tensor  # int64 [codebooks]
-    samples: torch.Tensor  # float32 [frame_size]
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """What one tick gave one stream: a frame, or why there are no more, or both with the last frame."""
-
-    job: int  # index among the jobs
-    spoken: Spoken | None
-    finish_reason: str | None
+    launched: Launched
+    slots: np.ndarray  # int64 [rows]
+    streams: tuple[Stream, ...]  # whose slots they were at the launch
 
 
-def run(model: SpeechModel[State], jobs: Sequence[Job], frame_rate_hz: float) -> Iterator[Delivery]:
-    """Run some streams together, each with its own prompt, sampling, seed and end.
+class Loop:
+    """Many streams over one model's slots."""
 
-    Raises `LogitsNotFinite` when a stream's model computes NaN.
-    """
-    # The last frame is never read back, so a stream needs one position less than prompt and frames together.
-    positions = max(len(job.prompt) + job.max_frames - 1 for job in jobs)
-    state = model.allocate(len(jobs), positions)
-    watches = []
-    for slot, job in enumerate(jobs):
-        model.start(state, slot, job.sampling, job.seed)
-        model.prefill(state, slot, job.prompt)
-        watches.append(Watch(job.guards, job.text_limit_frames, frame_rate_hz))
+    def __init__(
+        self, steps: Steps, slots: int, frame_rate_hz: float, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock` in seconds, from any beginning."""
+        self._steps = steps
+        self._clock = clock
+        config = SchedulerConfig(
+            frame_seconds=1 / frame_rate_hz, batch_sizes=steps.batch_sizes, prefill_sizes=steps.prefill_sizes
+        )
+        self.scheduler = Scheduler(config, slots)
+        self._watches = Watches(slots, frame_rate_hz)
+        self._made = np.zeros(slots, np.int64)  # frames that a slot's stream has been given
+        self._to_launch = np.zeros(slots, np.int64)  # frames that may still be launched for it
+        self._max_frames = np.zeros(slots, np.int64)
+        self._streams: list[Stream | None] = [None] * slots
+        self._free = deque(range(slots))
+        self._inbox: deque[Stream] = deque()  # new ones and cancelled ones; appending needs no lock
+        self._waiting: deque[Stream] = deque()  # for a slot
+        self._reading: deque[Stream] = deque()  # whose prompts are not yet read
+        self._held: list[Stream] = []  # that wait for their frames to be taken
+        self._passes: deque[tuple[int, Reading]] = deque()  # positions of prefill passes that were not yet timed
+        self._in_flight: deque[_InFlight] = deque()
+        self._changed = threading.Condition()
+        self._is_driven = False
 
-    active = list(range(len(jobs)))
-    frames = 0
-    while active:
-        frame = model.frame(state, torch.tensor(active, device=model.device))
-        frames += 1
-        codes, samples, ended = frame.codes.cpu(), frame.samples.cpu(), frame.ended.tolist()
-        still_active = []
-        for row, slot in enumerate(active):
-            if bool((codes[row] < 0).any()):
-                raise LogitsNotFinite(
-                    f"The model computed logits that are not finite in frame {frames} of request {slot}. "
-                    "Load it in float32, or check the checkpoint."
-                )
-            if ended[row]:
-                yield Delivery(slot, None, "end")
+    # --- from any thread ----------------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> Stream:
+        """Let a job begin as soon as there is room for it."""
+        stream = Stream(job)
+        self._inbox.append(stream)
+        self.wake()
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        """End a stream now: nothing more is made of it, and its slot is free before the next frame."""
+        stream.cancelled = True
+        if stream.is_over:
+            return
+        self._inbox.append(stream)
+        with self._drive(wait=False) as driving:
+            if driving:
+                self._take_inbox()
+
+    def next(self, stream: Stream) -> Spoken | None:
+        """Wait for a stream's next frame; None when there are no more. Raises the stream's error."""
+        while True:
+            spoken = stream.take()
+            if spoken is not None:
+                if stream.held:
+                    self.wake()
+                return spoken
+            if stream.is_over and not stream.frames:
+                if stream.error is not None:
+                    raise stream.error
+                return None
+            with self._drive(wait=True) as driving:
+                # What was awaited may have come while this thread waited to drive.
+                pause = self.step() if driving and not (stream.frames or stream.is_over) else 0.0
+            if pause != 0.0 and not (stream.frames or stream.is_over):
+                self.sleep(pause)
+
+    def wake(self) -> None:
+        """End the sleep of whoever drives, and of those who wait."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def sleep(self, seconds: float | None) -> None:
+        """Wait for something to change, at most for some seconds."""
+        with self._changed:
+            if not self._inbox and not any(_has_room(stream) for stream in self._held):
+                self._changed.wait(seconds)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no stream waits or runs."""
+        return not self._inbox and not self._waiting and len(self._free) == len(self._streams)
+
+    @contextmanager
+    def _drive(self, *, wait: bool) -> Iterator[bool]:
+        """Be the one that drives, or wait until whoever does has finished a tick -> whether this is the one."""
+        with self._changed:
+            if self._is_driven:
+                if wait:
+                    self._changed.wait()
+                driving = False
+            else:
+                driving = self._is_driven = True
+        try:
+            yield driving
+        finally:
+            if driving:
+                with self._changed:
+                    self._is_driven = False
+                    self._changed.notify_all()
+
+    # --- one tick, from the thread that drives ------------------------------------------------------------------------
+
+    def step(self) -> float | None:
+        """One tick -> seconds until there may be something to do: 0 at once, None once something changes."""
+        try:
+            self._take_inbox()
+            self._resume()
+            self._admit()
+            read = self._prefill()
+            slots = self.scheduler.choose(self._clock())
+            if len(slots):
+                self._launch(slots)
+            ahead = self._steps.ahead if len(slots) else 0
+            delivered = len(self._in_flight) > ahead
+            while len(self._in_flight) > ahead:
+                self._deliver(self._in_flight.popleft())
+        except BaseException as error:  # an interrupt, or a fault of the loop itself: no stream is whole any more
+            self._fail_all(error)
+            raise
+        if read or len(slots) or delivered or self._inbox:
+            return 0.0
+        now = self._clock()
+        wake_at = self.scheduler.wake_at(now)
+        return None if wake_at is None else max(0.001, wake_at - now)
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            stream = self._inbox.popleft()
+            if not stream.cancelled:
+                self._waiting.append(stream)
+            elif not stream.is_over:
+                if stream.slot < 0 and stream in self._waiting:
+                    self._waiting.remove(stream)
+                self._finish(stream, "cancelled")
+
+    def _resume(self) -> None:
+        """Let streams go on whose frames have been taken."""
+        if not self._held:
+            return
+        now, still_held = self._clock(), []
+        for stream in self._held:
+            if stream.is_over:
                 continue
-            reason = watches[slot].see(codes[row], samples[row])
-            if reason is None and frames >= jobs[slot].max_frames:
-                reason = "length"
-            if reason is None:
-                still_active.append(slot)
-            yield Delivery(slot, Spoken(codes[row], samples[row]), reason)
-        active = still_active
+            if _has_room(stream):
+                stream.held = False
+                if self._to_launch[stream.slot] > 0:
+                    self.scheduler.resume(stream.slot, now)
+            else:
+                still_held.append(stream)
+        self._held = still_held
+
+    def _admit(self) -> None:
+        """Give slots to streams that wait for one."""
+        while self._free and self._waiting:
+            stream = self._waiting.popleft()
+            job, slot = stream.job, self._free.popleft()
+            stream.slot = slot
+            self._streams[slot] = stream
+            self._made[slot] = 0
+            self._to_launch[slot] = self._max_frames[slot] = job.max_frames
+            self._watches.start(slot, job.guards, job.text_limit_frames)
+            try:
+                self._steps.start(slot, job.sampling, job.seed, job.positions)
+                if job.prefix is not None:
+                    self._steps.paste_prefix(slot, job.prefix.cache)
+            except Exception as error:
+                self._fail(stream, error)
+            else:
+                self._reading.append(stream)
+
+    def _prefill(self) -> bool:
+        """Read prompts for as long as no running stream becomes late -> whether there were any."""
+        planned: list[int] = []
+        while self._reading and (room := self.scheduler.prefill_positions(self._clock(), planned)):
+            pieces = self._pieces(room if self._steps.prefill_together else self._steps.prefill_sizes[-1])
+            if not pieces:
+                break
+            streams = [self._streams[piece.slot] for piece in pieces]
+            positions = sum(piece.stop - piece.start for piece in pieces)
+            planned.append(positions)
+            try:
+                self._passes.append((positions, self._steps.prefill(pieces)))
+            except Exception as error:
+                self._fail_pieces(pieces, error)
+            if not self._in_flight:  # nobody waits meanwhile, and the next pass can be planned with what this one took
+                self._time_passes()
+            now = self._clock()
+            for piece, stream in zip(pieces, streams, strict=True):
+                if stream is None or stream.is_over:
+                    continue
+                stream.read_positions = piece.stop
+                if piece.is_last:
+                    if stream.job.max_frames:
+                        self.scheduler.start(piece.slot, now, stream.job.lead_seconds)
+                    else:
+                        self._finish(stream, "length")
+        return bool(planned)
+
+    def _time_passes(self) -> None:
+        """Tell the scheduler what prefill passes took; they are over, or are waited for."""
+        while self._passes:
+            positions, reading = self._passes.popleft()
+            self.scheduler.observe_prefill(positions, reading.seconds())
+
+    def _pieces(self, budget: int) -> list[Piece]:
+        """The next positions to read, `budget` of them at most, oldest stream first."""
+        pieces: list[Piece] = []
+        while self._reading and budget > 0:
+            stream = self._reading[0]
+            if stream.is_over:
+                self._reading.popleft()
+                continue
+            job, start = stream.job, stream.read_positions
+            stop = min(len(job.prompt), start + budget)
+            before = job.positions - len(job.prompt)
+            pieces.append(Piece(stream.slot, job.prompt, start, stop, before + start))
+            budget -= stop - start
+            if stop == len(job.prompt):
+                self._reading.popleft()
+            if not self._steps.prefill_together:
+                break
+        return pieces
+
+    def _fail_pieces(self, pieces: Sequence[Piece], error: Exception) -> None:
+        """Find out whose prompt it was: each one is read again by itself."""
+        for piece in pieces:
+            stream = self._streams[piece.slot]
+            if stream is None:
+                continue
+            if len(pieces) > 1:
+                try:
+                    self._steps.prefill([piece])
+                except Exception as own_error:
+                    self._fail(stream, own_error)
+            else:
+                self._fail(stream, error)
+
+    def _launch(self, slots: np.ndarray) -> None:
+        streams = tuple(self._streams[slot] for slot in slots.tolist())
+        try:
+            launched = self._steps.launch(slots)
+        except Exception as error:
+            for stream in streams:
+                self._fail(stream, error)
+            return
+        self.scheduler.launched(slots, self._clock())
+        self._in_flight.append(_InFlight(launched, slots, streams))
+        self._to_launch[slots] -= 1
+        for slot in slots[self._to_launch[slots] <= 0].tolist():
+            self.scheduler.hold(slot)  # all of its frames are under way
+
+    def _deliver(self, flight: _InFlight) -> None:
+        """Read a frame and give each stream its part; those that ended meanwhile have none."""
+        try:
+            frame = flight.launched.read()
+        except Exception as error:
+            for stream in flight.streams:
+                self._fail(stream, error)
+            return
+        self.scheduler.observe_frame(len(flight.slots), frame.seconds)
+        self._time_passes()
+        live = np.fromiter((not stream.is_over for stream in flight.streams), bool, len(flight.streams))
+        rows = live.nonzero()[0]
+        if not len(rows):
+            return
+        slots = flight.slots[rows]
+        codes, ended = frame.codes[rows], frame.ended[rows]
+        reasons = self._watches.see(slots, codes, frame.power[rows])
+        undrawn = np.asarray((codes < 0).any(axis=1))
+        self._made[slots] += ~(ended | undrawn)
+        at_length = self._made[slots] >= self._max_frames[slots]
+        self.scheduler.delivered(slots, self._clock())
+        special = undrawn | ended | at_length | (reasons > 0)
+        for row, is_special in zip(rows.tolist(), special.tolist(), strict=True):
+            stream = flight.streams[row]
+            if not is_special:
+                stream.frames.append((frame, row))
+                if len(stream.frames) >= FULL_PACE_FRAMES:
+                    self._hold(stream)
+        for index in special.nonzero()[0].tolist():
+            self._deliver_special(
+                flight.streams[rows[index]],
+                frame,
+                int(rows[index]),
+                undrawn=bool(undrawn[index]),
+                ended=bool(ended[index]),
+                guard=REASONS[reasons[index]],
+            )
+
+    def _deliver_special(
+        self, stream: Stream, frame: HostFrame, row: int, *, undrawn: bool, ended: bool, guard: str | None
+    ) -> None:
+        """A frame that is the last, or is none."""
+        if undrawn:
+            self._fail(
+                stream,
+                LogitsNotFinite(
+                    f"The model computed logits that are not finite in frame {int(self._made[stream.slot]) + 1}. "
+                    "Load it in float32, or check the checkpoint."
+                ),
+            )
+        elif ended:
+            self._finish(stream, "end")
+        else:
+            stream.frames.append((frame, row))
+            self._finish(stream, guard or "length")
+
+    def _hold(self, stream: Stream) -> None:
+        stream.held = True
+        self._held.append(stream)
+        self.scheduler.hold(stream.slot)
+
+    # --- how a stream ends --------------------------------------------------------------------------------------------
+
+    def _finish(self, stream: Stream, reason: str) -> None:
+        if stream.job.keeps_cache and stream.slot >= 0 and reason != "cancelled":
+            made = int(self._made[stream.slot])
+            # A frame is read by the step after it, which has been made only where that step drew the end.
+            read = stream.job.positions + (made if reason == "end" else max(0, made - 1))
+            try:
+                stream.cache = self._steps.copy_prefix(stream.slot, read)
+            except Exception as error:
+                self._fail(stream, error)
+                return
+        stream.finish_reason = reason
+        self._release(stream)
+
+    def _fail(self, stream: Stream, error: BaseException) -> None:
+        if not stream.is_over:
+            stream.error = _in_words(error)
+            self._release(stream)
+
+    def _release(self, stream: Stream) -> None:
+        """Free the slot of a stream that is over."""
+        slot, stream.slot = stream.slot, -1
+        if slot >= 0:
+            self.scheduler.stop(slot)
+            self._streams[slot] = None
+            self._free.append(slot)
+
+    def _fail_all(self, error: BaseException) -> None:
+        self._in_flight.clear()
+        self._passes.clear()
+        self._reading.clear()
+        for stream in [stream for stream in self._streams if stream is not None]:
+            self._fail(stream, error)
+
+
+def _has_room(stream: Stream) -> bool:
+    return len(stream.frames) < FULL_PACE_FRAMES // 2
+
+
+def _in_words(error: BaseException) -> BaseException:
+    """What the user of a stream sees of an error in the middle of a step."""
+    if isinstance(error, AloudError):
+        return error
+    if isinstance(error, Exception) and memory.is_out_of_memory(error):
+        words: AloudError = OutOfMemory(
+            f"There was not enough memory for a step: {error}. Load with a smaller max_streams or max_positions."
+        )
+    else:
+        words = StepFailed(f"A step of the model failed: {type(error).__name__}: {error}. Ask again.")
+    words.__cause__ = error
+    return words

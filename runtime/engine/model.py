@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
-from aloud.request import Prompt, Sampling
+from aloud.prompt_block import PromptBlock
+from aloud.request import Sampling
 
 State = TypeVar("State")
 
 
-class FrameLike(Protocol):
-    """One step's result for each row."""
-
-    @property
-    def codes(self) -> torch.Tensor:
-        """int64 [rows, codebooks]; -1 where nothing could be drawn."""
-        ...
+class SoundLike(Protocol):
+    """What a frame's codes are to a listener."""
 
     @property
     def samples(self) -> torch.Tensor:
         """float32 [rows, frame_size]."""
+        ...
+
+    @property
+    def power(self) -> torch.Tensor:
+        """float32 [rows]: the samples' mean square."""
         ...
 
     @property
@@ -30,12 +31,21 @@ class FrameLike(Protocol):
         ...
 
 
-class SpeechModel(Protocol, Generic[State]):
-    """A family's computation over state that was allocated once."""
+class SpeechModel(Protocol[State]):
+    """A family's computation over state that was allocated once.
+
+    `draw` and `decode` are a frame's two halves; no value of a tensor decides what they launch, so that each can be
+    captured for a number of rows, and one stream's decode can run beside the next draw.
+    """
 
     @property
     def max_positions(self) -> int:
         """Positions that a stream can take."""
+        ...
+
+    @property
+    def codebooks(self) -> int:
+        """Tokens of a frame."""
         ...
 
     @property
@@ -44,17 +54,36 @@ class SpeechModel(Protocol, Generic[State]):
         ...
 
     def allocate(self, slots: int, positions: int) -> State:
-        """Memory for `slots` streams of up to `positions` positions."""
+        """Memory for streams of up to `positions` positions; the last slot is for rows that have no stream."""
         ...
 
-    def start(self, state: State, slot: int, sampling: Sampling, seed: int) -> None:
-        """Make a slot a new stream."""
+    def state_bytes(self, slots: int, positions: int) -> int:
+        """Bytes that `allocate` takes."""
         ...
 
-    def prefill(self, state: State, slot: int, prompt: Prompt) -> None:
-        """Read a prompt into a slot."""
+    def start(self, state: State, slot: int, sampling: Sampling, seed: int, positions: int) -> None:
+        """Make a slot a new stream whose prompt takes `positions`."""
         ...
 
-    def frame(self, state: State, slots: torch.Tensor) -> FrameLike:
-        """The next frame of each stream in slots int64 [rows]."""
+    def prefill(self, state: State, block: PromptBlock) -> None:
+        """Read a block of prompt positions into the slots that it names."""
+        ...
+
+    def copy_prefix(self, state: State, slot: int, positions: int) -> torch.Tensor:
+        """What reading a slot's first positions left, to be pasted into other slots."""
+        ...
+
+    def paste_prefix(self, state: State, slot: int, prefix: torch.Tensor) -> None:
+        """Put what `copy_prefix` gave where a slot begins."""
+        ...
+
+    def draw(self, state: State, slots: torch.Tensor) -> torch.Tensor:
+        """The codes of the next frame of each stream in slots int64 [rows] -> int64 [rows, codebooks].
+
+        -1 where none could be drawn.
+        """
+        ...
+
+    def decode(self, state: State, codes: torch.Tensor, slots: torch.Tensor) -> SoundLike:
+        """The sound of those codes."""
         ...

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
+from aloud import memory
 from aloud.codec import mimi
 from aloud.kernels.embedding import embed_frame
 from aloud.kernels.linear import norm_linear
 from aloud.kernels.next_code import NextCodeScratch, allocate_scratch, next_code
 from aloud.models import transformer
 from aloud.models.transformer import TransformerConfig, TransformerWeights
-from aloud.request import Prompt, Sampling
+from aloud.prompt_block import PromptBlock
+from aloud.request import Sampling
 
 # What stands around every text of a prompt, as the tokenizer spells it.
 BEGIN_OF_TEXT = "<|begin_of_text|>"
@@ -60,7 +62,10 @@ class CsmWeights:
 
 @dataclass(frozen=True)
 class CsmState:
-    """All memory of `slots` streams; functions write into it and never allocate it anew."""
+    """All memory of `slots` streams; functions write into it and never allocate it anew.
+
+    The last slot is the scratch slot, of rows that have no stream: it stands still, and what is in it means nothing.
+    """
 
     backbone_cache: torch.Tensor  # [layers, 2, slots, kv_heads, positions, head_dim]
     depth_cache: torch.Tensor  # [layers, 2, slots, kv_heads, codebooks, head_dim]; one frame's, overwritten by the next
@@ -75,11 +80,11 @@ class CsmState:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What one step gives each row."""
+class Sound:
+    """What a frame's codes are to a listener."""
 
-    codes: torch.Tensor  # int64 [rows, codebooks]; -1 where the logits were not finite
     samples: torch.Tensor  # float32 [rows, frame_size]
+    power: torch.Tensor  # float32 [rows]: the samples' mean square
     ended: torch.Tensor  # bool [rows]: this frame is the end of speech and no audio
 
 
@@ -102,9 +107,8 @@ def allocate_weights(config: CsmConfig, *, device: torch.device, dtype: torch.dt
     )
 
 
-def allocate(config: CsmConfig, weights: CsmWeights, slots: int, positions: int) -> CsmState:
-    """Memory for `slots` streams of up to `positions` positions each, on the weights' device."""
-    device, dtype = weights.text_embedding.device, weights.text_embedding.dtype
+def allocate(config: CsmConfig, slots: int, positions: int, *, device: torch.device, dtype: torch.dtype) -> CsmState:
+    """Memory for `slots` streams, the scratch slot among them, of up to `positions` positions each."""
     return CsmState(
         backbone_cache=transformer.allocate_cache(config.backbone, slots, positions, device=device, dtype=dtype),
         depth_cache=transformer.allocate_cache(config.depth, slots, config.codebooks, device=device, dtype=dtype),
@@ -119,48 +123,72 @@ def allocate(config: CsmConfig, weights: CsmWeights, slots: int, positions: int)
     )
 
 
-def embed_prompt(config: CsmConfig, weights: CsmWeights, prompt: Prompt) -> torch.Tensor:
-    """What the backbone reads of a prompt -> [positions, hidden_size]."""
-    device = weights.text_embedding.device
-    text_tokens, codes = prompt.text_tokens.to(device), prompt.codes.to(device)
+def state_bytes(config: CsmConfig, slots: int, positions: int, *, dtype: torch.dtype) -> int:
+    """Bytes that `allocate` takes, without taking them."""
+    return memory.bytes_of(allocate(config, slots, positions, device=torch.device("meta"), dtype=dtype))
+
+
+def embed_prompt(
+    config: CsmConfig, weights: CsmWeights, text_tokens: torch.Tensor, codes: torch.Tensor
+) -> torch.Tensor:
+    """What the backbone reads at prompt positions: text_tokens int64 [positions], -1 where codes int64 [positions,
+    codebooks] stand -> [positions, hidden_size]
+    """
     text = weights.text_embedding[text_tokens.clamp(min=0)]
     audio = embed_frame(codes, weights.audio_embedding, config.audio_vocabulary)
     return torch.where((text_tokens >= 0)[:, None], text, audio)
 
 
-def start(state: CsmState, slot: int, sampling: Sampling, seed: int) -> None:
-    """Make `slot` a new stream: nothing of the stream before remains in what the next frames read."""
-    state.position[slot] = 0
+def start(state: CsmState, slot: int, sampling: Sampling, seed: int, positions: int) -> None:
+    """Make `slot` a new stream whose prompt takes `positions`; nothing of the stream before remains in what it reads.
+
+    Numbers are written one by one and not as tensors, which would have to be copied to the device first.
+    """
+    state.position[slot] = positions - 1  # the prompt's last position is read by the first frame
     state.frame[slot] = 0
     state.seed[slot] = seed if seed < 2**63 else seed - 2**64  # the same 64 bits, as int64 has them
-    state.temperature[:, slot] = torch.tensor([sampling.temperature, sampling.depth_temperature])
-    state.top_k[:, slot] = torch.tensor([sampling.top_k, sampling.depth_top_k], dtype=torch.int32)
-    mimi.reset(state.codec, torch.tensor([slot], device=state.position.device))
+    state.temperature[0, slot], state.temperature[1, slot] = sampling.temperature, sampling.depth_temperature
+    state.top_k[0, slot], state.top_k[1, slot] = sampling.top_k, sampling.depth_top_k
+    mimi.reset(state.codec, slot)
 
 
-def prefill(config: CsmConfig, weights: CsmWeights, state: CsmState, slot: int, prompt: Prompt) -> None:
-    """Read a prompt into the cache of `slot`, but for its last position, which the next frame reads."""
-    x = embed_prompt(config, weights, prompt)
-    begin = int(state.position[slot])
-    if x.shape[0] > 1:
-        transformer.prefill(config.backbone, weights.backbone, state.backbone_cache, x[:-1], slot, begin)
-    state.next_input[slot] = x[-1]
-    state.position[slot] = begin + x.shape[0] - 1
+def prefill(config: CsmConfig, weights: CsmWeights, state: CsmState, block: PromptBlock) -> None:
+    """Read a block of prompt positions into their slots' caches; a prompt's last one is the next frame's input."""
+    x = embed_prompt(config, weights, block.text_tokens, block.codes)
+    state.next_input[block.next_slots] = x
+    transformer.step(config.backbone, weights.backbone, state.backbone_cache, x, block.slots, block.positions)
+
+
+def copy_prefix(state: CsmState, slot: int, positions: int) -> torch.Tensor:
+    """The keys and values of a slot's first positions -> [layers, 2, kv_heads, positions, head_dim]."""
+    return state.backbone_cache[:, :, slot, :, :positions].clone()
+
+
+def paste_prefix(state: CsmState, slot: int, prefix: torch.Tensor) -> None:
+    """Put keys and values of `copy_prefix` where a slot begins, as if its positions had been read."""
+    state.backbone_cache[:, :, slot, :, : prefix.shape[3]] = prefix
 
 
 def frame(
     config: CsmConfig, weights: CsmWeights, codec: mimi.MimiWeights, state: CsmState, slots: torch.Tensor
-) -> Frame:
-    """The next 80 ms of each stream in slots int64 [rows]: its codes, then its sound."""
+) -> tuple[torch.Tensor, Sound]:
+    """The next 80 ms of each stream in slots int64 [rows]: its codes int64 [rows, codebooks], then their sound."""
     codes = draw_codes(config, weights, state, slots)
+    return codes, decode(config, codec, state, codes, slots)
+
+
+def decode(
+    config: CsmConfig, codec: mimi.MimiWeights, state: CsmState, codes: torch.Tensor, slots: torch.Tensor
+) -> Sound:
+    """The sound of a frame's codes int64 [rows, codebooks] of the streams in slots int64 [rows]."""
     samples = mimi.decode_chunk(config.codec, codec, state.codec, codes.clamp(min=0)[:, :, None], slots)
-    return Frame(codes, samples, ended=(codes == config.end_token).all(dim=1))
+    return Sound(samples, samples.square().mean(dim=1), ended=(codes == config.end_token).all(dim=1))
 
 
 def draw_codes(config: CsmConfig, weights: CsmWeights, state: CsmState, slots: torch.Tensor) -> torch.Tensor:
     """Draw the next frame of each stream in slots int64 [rows] and stand before the one after.
 
-    -> int64 [rows, codebooks]
+    -> int64 [rows, codebooks]; -1 where the logits were not finite
     """
     position, frame_index, seed = state.position[slots], state.frame[slots], state.seed[slots]
     temperature, top_k = state.temperature[:, slots], state.top_k[:, slots]  # [2, rows]: backbone, depth decoder
@@ -199,7 +227,7 @@ def draw_codes(config: CsmConfig, weights: CsmWeights, state: CsmState, slots: t
     first = norm_linear(hidden, weights.backbone.norm, config.backbone.norm_eps, weights.depth_projector)
     # The backbone's output and the first code go through the depth decoder together, as two rows of one slot.
     x, x_slots = torch.cat([first, draw_next(hidden)]), torch.cat([slots, slots])
-    places = torch.arange(config.codebooks, device=slots.device).repeat_interleave(len(slots))
+    places = torch.arange(config.codebooks, device=slots.device)[:, None].expand(-1, len(slots)).flatten()
     for place in range(1, config.codebooks):
         x_places = places[(place + 1) * len(slots) - len(x) : (place + 1) * len(slots)]
         hidden = transformer.step(config.depth, weights.depth, state.depth_cache, x, x_slots, x_places)
@@ -207,7 +235,7 @@ def draw_codes(config: CsmConfig, weights: CsmWeights, state: CsmState, slots: t
 
     drawn = torch.stack(codes, dim=1)
     state.next_input[slots] = embed_frame(drawn, weights.audio_embedding, config.audio_vocabulary)
-    state.position[slots] = position + 1
+    state.position[slots] = position + (slots < state.position.shape[0] - 1)  # the scratch slot stands still
     state.frame[slots] = frame_index + 1
     return drawn
 
@@ -226,22 +254,43 @@ class Csm:
         return self.config.backbone.positions
 
     @property
+    def codebooks(self) -> int:
+        """Tokens of a frame."""
+        return self.config.codebooks
+
+    @property
     def device(self) -> torch.device:
         """Where weights and state live."""
         return self.weights.text_embedding.device
 
     def allocate(self, slots: int, positions: int) -> CsmState:
         """See `allocate`."""
-        return allocate(self.config, self.weights, slots, positions)
+        return allocate(self.config, slots, positions, device=self.device, dtype=self.weights.text_embedding.dtype)
 
-    def start(self, state: CsmState, slot: int, sampling: Sampling, seed: int) -> None:
+    def state_bytes(self, slots: int, positions: int) -> int:
+        """Bytes that `allocate` takes."""
+        return state_bytes(self.config, slots, positions, dtype=self.weights.text_embedding.dtype)
+
+    def start(self, state: CsmState, slot: int, sampling: Sampling, seed: int, positions: int) -> None:
         """See `start`."""
-        start(state, slot, sampling, seed)
+        start(state, slot, sampling, seed, positions)
 
-    def prefill(self, state: CsmState, slot: int, prompt: Prompt) -> None:
+    def prefill(self, state: CsmState, block: PromptBlock) -> None:
         """See `prefill`."""
-        prefill(self.config, self.weights, state, slot, prompt)
+        prefill(self.config, self.weights, state, block)
 
-    def frame(self, state: CsmState, slots: torch.Tensor) -> Frame:
-        """See `frame`."""
-        return frame(self.config, self.weights, self.codec, state, slots)
+    def copy_prefix(self, state: CsmState, slot: int, positions: int) -> torch.Tensor:
+        """See `copy_prefix`."""
+        return copy_prefix(state, slot, positions)
+
+    def paste_prefix(self, state: CsmState, slot: int, prefix: torch.Tensor) -> None:
+        """See `paste_prefix`."""
+        paste_prefix(state, slot, prefix)
+
+    def draw(self, state: CsmState, slots: torch.Tensor) -> torch.Tensor:
+        """See `draw_codes`."""
+        return draw_codes(self.config, self.weights, state, slots)
+
+    def decode(self, state: CsmState, codes: torch.Tensor, slots: torch.Tensor) -> Sound:
+        """See `decode`."""
+        return decode(self.config, self.codec, state, codes, slots)

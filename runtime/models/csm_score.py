@@ -20,9 +20,11 @@ def score(config: CsmConfig, weights: CsmWeights, prompt: Prompt) -> torch.Tenso
 
     -> float32 [audio positions, codebooks]; an audio position is a frame, or the end frame behind a segment's frames
     """
-    x = embed_prompt(config, weights, prompt)
+    device = weights.text_embedding.device
+    x = embed_prompt(config, weights, prompt.text_tokens.to(device), prompt.codes.to(device))
     cache = transformer.allocate_cache(config.backbone, 1, len(prompt), device=x.device, dtype=x.dtype)
-    hidden = transformer.prefill(config.backbone, weights.backbone, cache, x, slot=0, start=0)
+    positions = torch.arange(len(prompt), device=x.device)
+    hidden = transformer.step(config.backbone, weights.backbone, cache, x, torch.zeros_like(positions), positions)
     audio = (prompt.text_tokens < 0).nonzero()[:, 0].to(x.device)
     # What stands at an audio position was predicted at the position before.
     hidden, codes = hidden[audio - 1], prompt.codes.to(x.device)[audio]

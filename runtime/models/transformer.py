@@ -1,4 +1,4 @@
-"""The decoder stack of Llama-style models: config, weights, key/value cache, prefill, step.
+"""The decoder stack of Llama-style models: config, weights, key/value cache, step.
 
     x = x + attention(rms_norm(x));   x = x + swiglu(rms_norm(x));   the last norm belongs to whatever reads x
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aloud.kernels.attention import attention_output, prefill_attention
+from aloud.kernels.attention import attention_output
 from aloud.kernels.linear import linear_residual, norm_swiglu
 from aloud.kernels.rope import Rope, norm_qkv_rope, rope_table
 
@@ -92,34 +92,13 @@ def step(
 ) -> torch.Tensor:
     """One position for each row: x [rows, hidden_size] at positions [rows] of slots [rows] -> [rows, hidden_size].
 
-    Rows that share a slot see each other's keys and values, so that a few positions of one slot can go together.
+    Rows that share a slot see each other's keys and values up to their own position: a prompt's positions go together.
     """
     for layer, layer_cache in zip(weights.layers, cache, strict=True):
         query = norm_qkv_rope(
             x, layer.attention_norm, config.norm_eps, layer.qkv, weights.rope_table, layer_cache, slots, positions
         )
         x = attention_output(query, layer_cache, slots, positions, layer.output, residual=x)
-        x = _feed_forward(config, layer, x)
-    return x
-
-
-def prefill(
-    config: TransformerConfig,
-    weights: TransformerWeights,
-    cache: torch.Tensor,
-    x: torch.Tensor,
-    slot: int,
-    start: int,
-) -> torch.Tensor:
-    """A run of positions of one slot: x [run, hidden_size] at start, start + 1, ... -> [run, hidden_size]."""
-    positions = torch.arange(start, start + x.shape[0], device=x.device)
-    slots = torch.full_like(positions, slot)
-    for layer, layer_cache in zip(weights.layers, cache, strict=True):
-        query = norm_qkv_rope(
-            x, layer.attention_norm, config.norm_eps, layer.qkv, weights.rope_table, layer_cache, slots, positions
-        )
-        attended = prefill_attention(query, layer_cache, slot, start)
-        x = linear_residual(attended, layer.output, residual=x)
         x = _feed_forward(config, layer, x)
     return x
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aloud import Runtime, errors, memory
-from aloud.checkpoint.load import KYUTAI_CODEC, tensors_of, weight_bytes
+from aloud.checkpoint.load import KYUTAI_CODEC, weight_bytes
 from oracle import csm as oracle
 from oracle import sesame
 
@@ -285,7 +285,7 @@ def test_no_memory_to_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_memory_that_is_needed_is_what_the_weights_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime.load(folder, device="cpu", dtype="bfloat16")
     needed = weight_bytes(runtime.config, torch.bfloat16)
-    held = sum(t.nbytes for part in (runtime._model.weights, runtime._model.codec) for t in tensors_of(part))
+    held = sum(t.nbytes for part in (runtime._model.weights, runtime._model.codec) for t in memory.tensors_of(part))
     assert needed == pytest.approx(held, rel=0.02)  # the codec's norms and usage counts
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
     Runtime.load(folder, device="cpu", dtype="bfloat16")

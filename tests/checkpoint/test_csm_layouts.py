@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CsmForConditionalGeneration
 
-from aloud import Runtime, Segment
+from aloud import Runtime, Segment, memory
 from aloud.checkpoint import mimi
-from aloud.checkpoint.load import KYUTAI_CODEC, TRANSFORMERS_CODEC, tensors_of
+from aloud.checkpoint.load import KYUTAI_CODEC, TRANSFORMERS_CODEC
 from oracle import csm as oracle
 from oracle import sesame
 from oracle.hub_server import HubServer, client_environment
@@ -122,7 +122,7 @@ def assert_weights(runtime: Runtime, model: CsmForConditionalGeneration) -> None
     assert bool((error <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-5).all())
     codec = {name: t.float() for name, t in model.codec_model.state_dict().items()}
     expected = mimi.load_mimi(_Tensors(codec), runtime.config.codec, "transformers")
-    for ours, theirs in zip(tensors_of(runtime._model.codec), tensors_of(expected), strict=True):
+    for ours, theirs in zip(memory.tensors_of(runtime._model.codec), memory.tensors_of(expected), strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -210,7 +210,8 @@ def test_reset_leaves_nothing_and_touches_no_other_slot(side: str, seed: int, ge
     state = allocate(config, 3)
     for tensor, _ in tensors_of(state):
         tensor.fill_(12345 if tensor.dtype == torch.int64 else float("nan"))
-    reset(state, torch.tensor([2, 0]))
+    for slot in (2, 0):
+        reset(state, slot)
     for tensor, dimension in tensors_of(state):
         if tensor.numel():
             assert not tensor.select(dimension, 0).any()

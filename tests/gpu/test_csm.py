@@ -78,9 +78,9 @@ def test_full_size_bfloat16_logits(full_size: Path) -> None:
             torch.cuda.empty_cache()
     runtime = Runtime.load(full_size, device="cuda", dtype="bfloat16")
     model = runtime._model
-    prompt, _ = read_segments(model, runtime._tokenizer, [Segment(text)])
+    prompt, _ = read_segments(model, runtime._tokenizer, [Segment(text)], max_positions=model.max_positions)
     assert torch.equal(prompt.text_tokens.cuda(), ids[0])
-    x = embed_prompt(model.config, model.weights, prompt)
+    x = embed_prompt(model.config, model.weights, prompt.text_tokens.cuda(), prompt.codes.cuda())
     cache = transformer.allocate_cache(model.config.backbone, 1, len(prompt), device=model.device, dtype=x.dtype)
     steps = []
     for position in range(len(prompt)):  # the decode path, a position at a time

@@ -23,12 +23,13 @@ from transformers.models.csm.modeling_csm import (
     apply_rotary_pos_emb,
 )
 
-from aloud.kernels.attention import attention_output, prefill_attention
+from aloud.kernels.attention import attention_output
 from aloud.kernels.codebook_head import codebook_head
 from aloud.kernels.embedding import embed_code, embed_frame
 from aloud.kernels.linear import linear_residual, norm_linear, norm_swiglu
 from aloud.kernels.rms_norm import rms_norm
 from aloud.kernels.rope import Llama3Scaling, Rope, norm_qkv_rope, rope_frequencies, rope_table
+from aloud.kernels.row_product import row_product
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = 1e-5
@@ -251,25 +252,7 @@ def test_decode_attention(heads: str, head_dim: int, dtype: torch.dtype, generat
 
     weight, residual = random.weight(56, size), random(len(places), 56)
     projected = attention_output(query, cache, slots, positions, weight, residual)
-    assert torch.equal(projected, residual + F.linear(attended, weight))
-
-
-@dtypes
-@pytest.mark.parametrize("start", [0, 1, 40])
-@pytest.mark.parametrize("heads", HEADS)
-def test_prefill_attention(heads: str, start: int, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Each position sees those before it and itself; nothing behind the run, and no other slot, is read."""
-    query_heads, kv_heads = HEADS[heads]
-    random = Randoms(generator, dtype)
-    run, head_dim, slot = 33, 16, 1
-    cache = torch.full((2, 3, kv_heads, 90, head_dim), torch.nan, dtype=dtype)
-    cache[:, slot, :, : start + run] = random(2, kv_heads, start + run, head_dim)
-    query = random(run, query_heads, head_dim)
-    ours = prefill_attention(query, cache, slot, start)
-    before = [(query[index], *cache[:, slot, :, : start + index + 1]) for index in range(run)]
-    exact = torch.stack([attention64(*parts) for parts in before])
-    weighed = torch.stack([attention64(row, keys, values.abs()) for row, keys, values in before])
-    assert_rounded(ours, exact, weighed)  # torch rounds the weights of a softmax to the values' dtype
+    assert torch.equal(projected, residual + row_product(attended, weight))
 
 
 def test_attention_of_large_scores_is_finite(generator: torch.Generator) -> None:
@@ -425,7 +408,6 @@ CALLS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
             "residual": zeros(3, 16),
         },
     ),
-    "prefill_attention": (prefill_attention, {"query": zeros(3, 4, 8), "cache": zeros(*CACHE), "slot": 1, "start": 2}),
     "embed_frame": (embed_frame, {"codes": indices(3, 5), "table": zeros(50, 8), "vocabulary": 10}),
     "embed_code": (embed_code, {"codes": indices(3), "table": zeros(50, 8), "vocabulary": 10, "codebook": 4}),
     "codebook_head": (
@@ -485,8 +467,6 @@ def test_every_wrong_size_is_refused(call: str, name: str) -> None:
         ("embed_frame", "table"): (1,),
         ("norm_qkv_rope", "cache"): (1, 2, 3),  # more key/value heads are fewer query heads
         ("attention_output", "cache"): (1, 3),
-        ("prefill_attention", "cache"): (1, 3),
-        ("prefill_attention", "query"): (0,),
         ("codebook_head", "heads"): (0, 1),
     }.get((call, name), ())
     for dimension in set(range(tensor.dim())) - set(free):
@@ -508,11 +488,3 @@ def test_an_embedding_of_a_codebook_that_is_not_there(codebook: int) -> None:
     function, arguments = CALLS["embed_code"]
     with pytest.raises(ValueError, match=f"no codebook {codebook} of 10 tokens"):
         function(**(arguments | {"codebook": codebook}))
-
-
-def test_a_run_that_does_not_fit_the_cache() -> None:
-    function, arguments = CALLS["prefill_attention"]
-    function(**(arguments | {"start": 7}))
-    for start in (8, -1):
-        with pytest.raises(ValueError, match=f"start.*{start}"):
-            function(**(arguments | {"start": start}))

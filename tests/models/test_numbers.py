@@ -18,6 +18,7 @@ from aloud.kernels.embedding import embed_code
 from aloud.models import csm, csm_score, transformer
 from aloud.models.csm import Csm
 from aloud.prepare import read_segments
+from aloud.prompt_block import Piece, pack
 from aloud.request import Prompt, Sampling
 from oracle import csm as oracle
 
@@ -69,7 +70,7 @@ class Pair:
     @property
     def prompt(self) -> Prompt:
         segments = [Segment(text, audio, speaker) for speaker, text, audio in self.segments]
-        return read_segments(self.model, self.ours._tokenizer, segments)[0]
+        return read_segments(self.model, self.ours._tokenizer, segments, max_positions=self.model.max_positions)[0]
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,18 @@ def theirs_from_text_and_sound(pair: Pair) -> Logits:
     return Logits(out.logits[0], out.depth_decoder_logits)
 
 
+def at_once(config: csm.CsmConfig, weights: csm.CsmWeights, cache: Tensor, x: Tensor) -> Tensor:
+    """All positions of one slot in one step of the backbone."""
+    positions = torch.arange(len(x))
+    return transformer.step(config.backbone, weights.backbone, cache, x, torch.zeros_like(positions), positions)
+
+
 def ours_at_once(model: Csm, prompt: Prompt) -> Logits:
     """Ours, the whole conversation in one prefill; the depth decoder's as `score` computes them."""
     config, weights = model.config, model.weights
-    x = csm.embed_prompt(config, weights, prompt)
+    x = csm.embed_prompt(config, weights, prompt.text_tokens, prompt.codes)
     cache = transformer.allocate_cache(config.backbone, 1, len(prompt), device=x.device, dtype=x.dtype)
-    hidden = transformer.prefill(config.backbone, weights.backbone, cache, x, slot=0, start=0)
+    hidden = at_once(config, weights, cache, x)
     backbone = codebook_head(hidden, weights.backbone.norm, config.backbone.norm_eps, weights.backbone_head, 0)
     heads = _Recorder()
     with pytest.MonkeyPatch.context() as patch:
@@ -164,9 +171,9 @@ def ours_by_frames(model: Csm, prompt: Prompt, text_positions: int, slots: int =
     -> logits from the last position of the prompt on
     """
     beginning = Prompt(prompt.text_tokens[:text_positions], prompt.codes[:text_positions])
-    state = model.allocate(slots, len(prompt))
-    model.start(state, slot, Sampling(), seed=0)
-    model.prefill(state, slot, beginning)
+    state = model.allocate(slots + 1, len(prompt))  # and the scratch slot
+    model.start(state, slot, Sampling(), 0, len(beginning))
+    model.prefill(state, pack([Piece(slot, beginning, 0, len(beginning), 0)], len(beginning), slots))
     assert int(state.position[slot]) == text_positions - 1
     frames = prompt.codes[text_positions:]
     forced = _Forced(frames)
@@ -242,9 +249,9 @@ def test_positions_up_to_the_models_last(tmp_path: Path, seed: int) -> None:
         expected = model(input_ids=tokens[None]).logits[0]
     prompt = Prompt(tokens, torch.zeros(2048, 4, dtype=torch.int64))
     config, weights = runtime.config, runtime._model.weights
-    x = csm.embed_prompt(config, weights, prompt)
+    x = csm.embed_prompt(config, weights, prompt.text_tokens, prompt.codes)
     cache = transformer.allocate_cache(config.backbone, 1, 2048, device=x.device, dtype=x.dtype)
-    transformer.prefill(config.backbone, weights.backbone, cache, x[:-2], slot=0, start=0)
+    at_once(config, weights, cache, x[:-2])
     for position in (2046, 2047):
         hidden = transformer.step(
             config.backbone,

@@ -54,7 +54,10 @@ def test_prompt_is_that_of_transformers(pair: Pair, name: str, seed: int) -> Non
     ]
     config = pair.theirs.config
     prompt, frames = read_segments(
-        pair.ours._model, pair.ours._tokenizer, [Segment(text, audio, speaker) for speaker, text, audio in segments]
+        pair.ours._model,
+        pair.ours._tokenizer,
+        [Segment(text, audio, speaker) for speaker, text, audio in segments],
+        max_positions=pair.ours.max_positions,
     )
     ids = oracle.inputs(pair.folder, config, segments).input_ids[0]
 

@@ -17,6 +17,7 @@ from aloud.kernels.launch import Launch
 from aloud.models import csm, transformer
 from aloud.models.csm import CsmState
 from aloud.prepare import read_segments
+from aloud.prompt_block import Piece, pack
 from oracle import csm as oracle
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a device")
@@ -42,14 +43,15 @@ def prefilled(runtime: Runtime, sampling: list[Sampling]) -> tuple[CsmState, tor
     """Some streams with prompts of different lengths, in slots out of order."""
     model = runtime._model
     rows = len(sampling)
-    state = model.allocate(rows + 1, model.max_positions)
+    state = model.allocate(rows + 2, model.max_positions)  # the first is nobody's, the last the scratch slot
     for cache in (state.backbone_cache, state.depth_cache):
         cache.fill_(torch.nan)  # nothing that was not written may be read
     slots = torch.arange(rows, 0, -1)
     for row, (slot, how) in enumerate(zip(slots.tolist(), sampling, strict=True)):
-        model.start(state, slot, how, seed=100 + row)
-        prompt, _ = read_segments(model, runtime._tokenizer, [Segment("Hello. " * (row + 1), speaker=row)])
-        model.prefill(state, slot, prompt)
+        segments = [Segment("Hello. " * (row + 1), speaker=row)]
+        prompt, _ = read_segments(model, runtime._tokenizer, segments, max_positions=model.max_positions)
+        model.start(state, slot, how, 100 + row, len(prompt))
+        model.prefill(state, pack([Piece(slot, prompt, 0, len(prompt), 0)], len(prompt), rows + 1))
     return state, slots
 
 

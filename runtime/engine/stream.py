@@ -1,0 +1,91 @@
+"""One request in the loop: what is asked, what has been made of it and not yet been taken, and how it ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from aloud.engine.steps import HostFrame
+from aloud.request import Guards, Prompt, Sampling
+
+FULL_PACE_FRAMES = 64
+"""Frames that may wait to be taken from a stream; then the stream waits, and no other."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a model has read already: positions that a prompt can begin behind."""
+
+    prompt: Prompt
+    cache: torch.Tensor  # of `copy_prefix`
+
+    def __len__(self) -> int:
+        """Positions that it takes."""
+        return len(self.prompt)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stream to run: everything resolved, nothing left to default."""
+
+    prompt: Prompt  # what is to be read, behind the prefix
+    sampling: Sampling
+    seed: int
+    max_frames: int  # 0: the prompt is read and nothing is spoken
+    guards: Guards
+    text_limit_frames: int | None
+    prefix: Prefix | None = None
+    lead_seconds: float | None = None  # how far to run ahead of playing in real time; None: as fast as it goes
+    keeps_cache: bool = False  # whether what has been read is wanted in the end: `Stream.cache`
+
+    @property
+    def positions(self) -> int:
+        """Positions of prefix and prompt."""
+        return len(self.prompt) + (0 if self.prefix is None else len(self.prefix))
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """One frame of speech."""
+
+    codes: np.ndarray  # int64 [codebooks]
+    samples: np.ndarray  # float32 [frame_size]
+    power: float  # the samples' mean square
+
+
+class Stream:
+    """A job on its way; the loop writes it, and whoever waits for it takes from it.
+
+    finish_reason, error: one of them is set when it is over, which is before its last frames are taken.
+    cache: of a job that keeps it, once it is over: the keys and values of all positions that have certainly been read,
+        the prompt's and those of the frames but the last one.
+    """
+
+    def __init__(self, job: Job) -> None:
+        """Of a job that has not begun."""
+        self.job = job
+        self.finish_reason: str | None = None
+        self.error: BaseException | None = None
+        self.cache: torch.Tensor | None = None
+        self.slot = -1  # while it has one
+        self.read_positions = 0  # of the prompt
+        self.cancelled = False
+        self.held = False  # whether it waits for its frames to be taken
+        self.frames: deque[tuple[HostFrame, int]] = deque()  # a frame of several streams, and the row of this one
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more frames will be made."""
+        return self.finish_reason is not None or self.error is not None
+
+    def take(self) -> Spoken | None:
+        """The oldest frame that nobody has taken, if there is one."""
+        try:
+            frame, row = self.frames.popleft()
+        except IndexError:
+            return None
+        # Copies: a row of the whole batch's frame would keep all of it in memory.
+        return Spoken(frame.codes[row].copy(), frame.samples[row].copy(), float(frame.power[row]))
