@@ -12,18 +12,27 @@ from aloud.request import Guards, Request, Sampling, Segment
 if TYPE_CHECKING:
     from aloud.api import Runtime, Score
     from aloud.audio import Audio, read_audio
+    from aloud.live import Engine, EngineStats
+    from aloud.live_speech import LiveSpeech
+    from aloud.session import Session
     from aloud.speech import SpeechStream
+    from aloud.voice import Voice
 
 __all__ = [
     "AloudError",
     "Audio",
+    "Engine",
+    "EngineStats",
     "Guards",
+    "LiveSpeech",
     "Request",
     "Runtime",
     "Sampling",
     "Score",
     "Segment",
+    "Session",
     "SpeechStream",
+    "Voice",
     "errors",
     "read_audio",
 ]
@@ -32,9 +41,14 @@ __version__ = "0.1.0"
 # Names whose modules import torch: they come when first asked for, so that `aloud --help` answers at once.
 _LATE = {
     "Audio": "aloud.audio",
+    "Engine": "aloud.live",
+    "EngineStats": "aloud.live",
+    "LiveSpeech": "aloud.live_speech",
     "Runtime": "aloud.api",
     "Score": "aloud.api",
+    "Session": "aloud.session",
     "SpeechStream": "aloud.speech",
+    "Voice": "aloud.voice",
     "read_audio": "aloud.audio",
 }
 

@@ -153,6 +153,21 @@ class Runtime:
                 loop.scheduler.observe_prefill(positions, seconds)
 
     @property
+    def model(self) -> Csm:
+        """The loaded model."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer."""
+        return self._tokenizer
+
+    @property
+    def loop(self) -> Loop:
+        """What runs all streams; allocates their memory when it is first asked for."""
+        return self._running()[0]
+
+    @property
     def config(self) -> CsmConfig:
         """Sizes of the model."""
         return self._model.config
@@ -339,8 +354,8 @@ class Runtime:
             loop.next(stream)
         finally:
             loop.cancel(stream)
-        assert stream.cache is not None
-        return Prefix(prompt, stream.cache)
+        assert stream.prefix is not None
+        return stream.prefix
 
     def _running(self) -> tuple[Loop, EagerSteps[CsmState] | GraphSteps[CsmState]]:
         """The loop and its steps, made when they are first needed."""

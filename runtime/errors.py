@@ -160,6 +160,26 @@ class LogitsNotFinite(AloudError):
     """The model computed NaN or infinite logits, from which no token can be drawn."""
 
 
+class Overloaded(AloudError):
+    """One more stream would make those that run late, or too many wait already."""
+
+    def __init__(self, message: str, *, retry_after_seconds: float) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(message)
+
+
+class EngineClosed(AloudError):
+    """The engine is draining or closed, and takes no new work."""
+
+
+class DeviceStuck(AloudError):
+    """A step has been running for far too long: the device does not answer."""
+
+
+class SessionBusy(RequestError):
+    """A session does one thing at a time, and the thing before has not ended."""
+
+
 class StepFailed(AloudError):
     """The model's step failed for a reason that is not the request's."""
 

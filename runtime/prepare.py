@@ -32,12 +32,20 @@ OPTIONAL_GUARDS = ("text_seconds_per_byte", "silence_seconds", "repeat_seconds")
 
 def check_request(request: Request) -> None:
     """Raise a `RequestError` for whatever is wrong with a request that can be seen without a model or its audio."""
-    _check_text("The text to say", request.text)
-    if not request.text.strip():
+    check_text(request.text)
+    check_manner(request)
+
+
+def check_text(text: str) -> None:
+    """Raise a `RequestError` unless there is something to say."""
+    _check_text("The text to say", text)
+    if not text.strip():
         raise TextEmpty("There is no text to say. Give at least one letter.")
+
+
+def check_manner(request: Request) -> None:
+    """As `check_request`, for everything but the text, which is still to come."""
     _check_speaker(request.speaker)
-    if request.voice is not None and not isinstance(request.voice, Voice):
-        raise RequestError(f"voice is what `Runtime.voice` returns, got {type(request.voice).__name__}.")
     if not isinstance(request.context, Sequence):
         raise RequestError(f"The context is a list of aloud.Segment, got {type(request.context).__name__}.")
     for segment in request.context:
@@ -63,16 +71,15 @@ def prepare(
     for request in requests:
         check_request(request)
     rate = model.config.codec.frame_rate
-    lengths = [_whole_frames(request.max_seconds, rate) for request in requests]
+    lengths = [whole_frames(request.max_seconds, rate) for request in requests]
     for request in requests:
-        if request.voice is not None and request.voice.model is not model:
-            raise RequestError("The voice was made by another runtime. Make it with `voice` of the one that speaks.")
+        check_voice(model, request.voice)
     conversations = []
     for request, asked in zip(requests, lengths, strict=True):
         parts = _read(
             model, tokenizer, [*request.context, Segment(request.text, speaker=request.speaker)], max_positions
         )
-        before = 0 if request.voice is None else len(request.voice.prefix)
+        before = 0 if request.voice is None else request.voice.positions
         _check_fits(before + _positions(parts), asked or 1, max_positions, model.config.codec.frame_rate)
         conversations.append(parts)
     return [
@@ -91,6 +98,43 @@ def read_segments(
     conversation = _read(model, tokenizer, segments, max_positions)
     _check_fits(_positions(conversation), 0, max_positions, model.config.codec.frame_rate)
     return _encode_conversation(model, conversation), [part.frames for part in conversation]
+
+
+def read_turns(model: Csm, tokenizer: Tokenizer, segments: Sequence[Segment], *, max_positions: int) -> list[Prompt]:
+    """The prompt of each segment by itself; raises as `read_segments` does, for all of them together."""
+    conversation = _read(model, tokenizer, segments, max_positions)
+    _check_fits(_positions(conversation), 0, max_positions, model.config.codec.frame_rate)
+    return [_encode_conversation(model, [part]) for part in conversation]
+
+
+def text_prompt(model: Csm, tokenizer: Tokenizer, speaker: int, text: str) -> Prompt:
+    """The prompt of a text to say."""
+    return build_prompt(model.config, [Turn(turn_text(tokenizer, speaker, text))])
+
+
+def resolve_guards(request: Request) -> Guards:
+    """The request's guards; by default all, or none where it says how long to speak."""
+    if request.guards is not None:
+        return request.guards
+    return Guards() if request.max_seconds is None else Guards.off()
+
+
+def resolve_seed(request: Request) -> int:
+    """The request's seed, or a fresh one."""
+    return secrets.randbits(63) if request.seed is None else int(request.seed)
+
+
+def whole_frames(max_seconds: float | None, frame_rate_hz: float) -> int | None:
+    """The nearest whole number of frames, at least one; half a frame is rounded up."""
+    return None if max_seconds is None else max(1, math.floor(float(max_seconds) * frame_rate_hz + 0.5))
+
+
+def check_voice(model: Csm, voice: Voice | None) -> None:
+    """Raise a `RequestError` unless a voice is one of this model."""
+    if voice is not None and not isinstance(voice, Voice):
+        raise RequestError(f"voice is what `Runtime.voice` returns, got {type(voice).__name__}.")
+    if voice is not None and voice.model is not model:
+        raise RequestError("The voice was made by another runtime. Make it with `voice` of the one that speaks.")
 
 
 def encode(model: Csm, samples: np.ndarray) -> torch.Tensor:
@@ -149,24 +193,18 @@ def _job(
 ) -> Job:
     """`asked` frames at most; None: as many as fit."""
     rate = model.config.codec.frame_rate
-    default_guards = Guards() if asked is None else Guards.off()
-    guards = default_guards if request.guards is None else request.guards
+    guards = resolve_guards(request)
     prefix = None if request.voice is None else request.voice.prefix
-    room = max_positions + 1 - len(prompt) - (0 if prefix is None else len(prefix))
+    room = max_positions + 1 - len(prompt) - (0 if prefix is None else prefix.positions)
     return Job(
         prompt=prompt,
         sampling=resolve_sampling(defaults, request),
-        seed=secrets.randbits(63) if request.seed is None else int(request.seed),
+        seed=resolve_seed(request),
         max_frames=min(room, round(MAX_SECONDS * rate)) if asked is None else asked,
         guards=guards,
         text_limit_frames=text_limit_frames(guards, request.text, rate),
         prefix=prefix,
     )
-
-
-def _whole_frames(max_seconds: float | None, frame_rate_hz: float) -> int | None:
-    """The nearest whole number of frames, at least one; half a frame is rounded up."""
-    return None if max_seconds is None else max(1, math.floor(float(max_seconds) * frame_rate_hz + 0.5))
 
 
 def _check_fits(prompt_positions: int, frames: int, limit: int, rate: float) -> None:

@@ -118,3 +118,7 @@ class Prompt:
     def __len__(self) -> int:
         """Positions of the context that the prompt takes."""
         return int(self.text_tokens.shape[0])
+
+    def __getitem__(self, positions: slice) -> Prompt:
+        """A run of its positions."""
+        return Prompt(self.text_tokens[positions], self.codes[positions])

@@ -18,6 +18,7 @@ from aloud.engine.guards import is_silent
 from aloud.engine.loop import Loop
 from aloud.engine.stream import Job, Spoken, Stream
 from aloud.errors import NothingSpoken
+from aloud.request import Guards
 
 
 class SpeechStream(Iterator[Audio]):
@@ -161,6 +162,24 @@ def _trim(codec: MimiConfig, job: Job, parts: list[Spoken]) -> list[Spoken]:
     if heard is None:
         return []
     return parts[: heard + math.ceil(job.guards.silence_kept_seconds * codec.frame_rate)]
+
+
+def joined(codec: MimiConfig, chunks: Sequence[Audio], guards: Guards, finish_reason: str | None) -> Audio:
+    """Chunks of one frame each as one piece of audio, without a silent tail where the guards watch for one."""
+    whole = Audio.concatenate(chunks)
+    kept = len(chunks)
+    if guards.silence_seconds is not None:
+        loud = [not is_silent(guards, float(np.square(chunk.samples).mean())) for chunk in chunks]
+        heard = len(loud) - loud[::-1].index(True) if True in loud else 0
+        kept = heard + math.ceil(guards.silence_kept_seconds * codec.frame_rate) if heard else 0
+    assert whole.codes is not None
+    return Audio(
+        whole.samples[: kept * codec.frame_size],
+        codec.sample_rate,
+        whole.codes[:kept],
+        seed=whole.seed,
+        finish_reason=finish_reason,
+    )
 
 
 def _audio(codec: MimiConfig, job: Job, parts: Sequence[Spoken], finish_reason: str | None) -> Audio:

@@ -21,7 +21,7 @@ class Voice:
     @property
     def positions(self) -> int:
         """Positions of the model's context that it takes."""
-        return len(self.prefix)
+        return self.prefix.positions
 
     def __repr__(self) -> str:
         return f"Voice({self.positions} positions, {self.prefix.cache.nbytes / 1e6:.1f} MB)"

@@ -19,7 +19,11 @@ PACKAGES = {"runtime": "aloud", "kernels": "aloud.kernels", "benchmarks": "aloud
 FLOORS: list[list[str]] = [
     ["aloud.cli", "aloud.server"],
     ["aloud.benchmarks"],
+    ["aloud.live"],
     ["aloud.api", "aloud.session"],
+    ["aloud.live_speech"],
+    ["aloud.arrivals", "aloud.utterance"],
+    ["aloud.conversation"],
     ["aloud.speech", "aloud.prepare"],
     ["aloud.voice"],
     ["aloud.engine", "aloud.checkpoint", "aloud.text"],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import textwrap
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +37,7 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write_random(tmp_path / "noise", "small", seed=0, dtype="float32")
     soundfile.write(tmp_path / "me.wav", 0.1 * np.sin(np.arange(24_000) / 20), 24_000)
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
+    code, live = blocks("python")
     assert '"sesame/csm-1b"' in code
     assert "seed=7" in code
     code = code.replace("sesame/csm-1b", str(tmp_path / "noise")).replace("seed=7", "seed=7, max_seconds=0.4")
@@ -44,6 +47,21 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(spoken, aloud.Audio)
     assert spoken.seed == 7
     assert soundfile.info(tmp_path / "hello.wav").frames == 5 * 1920
+
+    async def words_of_an_llm() -> AsyncIterator[str]:
+        for word in ("Well, ", "hello ", "there. ", "How ", "are ", "you?"):
+            yield word
+
+    soundfile.write(tmp_path / "question.wav", 0.1 * np.sin(np.arange(12_000) / 20), 24_000)
+    played: list[np.ndarray] = []
+    names |= {"words_of_an_llm": words_of_an_llm, "play": played.append}
+    assert 'thank you.")' in live
+    lines = textwrap.indent(live.replace('thank you.")', 'thank you.", max_seconds=0.4)'), "    ")
+    exec(f"async def example():\n{lines}\n    return answer", names)
+    answer = asyncio.run(names["example"]())  # type: ignore[operator]
+    assert len(played) > 2
+    assert {len(samples) for samples in played} == {1920}
+    assert len(answer.samples) <= 5 * 1920
 
 
 def test_the_guards_numbers_are_the_defaults() -> None:

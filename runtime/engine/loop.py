@@ -6,6 +6,7 @@ thread that does nothing else. Everything else here may be called from any threa
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -19,9 +20,12 @@ from aloud import memory
 from aloud.engine.guards import REASONS, Watches
 from aloud.engine.scheduler import Scheduler, SchedulerConfig
 from aloud.engine.steps import HostFrame, Launched, Reading, Steps
-from aloud.engine.stream import FULL_PACE_FRAMES, Job, Spoken, Stream
-from aloud.errors import AloudError, LogitsNotFinite, OutOfMemory, StepFailed
+from aloud.engine.stream import FULL_PACE_FRAMES, Job, Prefix, Spoken, Stream
+from aloud.errors import AloudError, DeviceStuck, LogitsNotFinite, OutOfMemory, Overloaded, StepFailed
 from aloud.prompt_block import Piece
+
+logger = logging.getLogger(__name__)
+FAULT_PAUSE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,46 @@ class _InFlight:
     streams: tuple[Stream, ...]  # whose slots they were at the launch
 
 
+@dataclass
+class Counts:
+    """What has happened since the loop was made."""
+
+    accepted: int = 0
+    refused: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    with_prefix: int = 0  # of those that got a slot: began behind a cached prefix
+    steps: int = 0
+    rows: int = 0
+    read_positions: int = 0  # of prompts, by prefill
+
+
 class Loop:
     """Many streams over one model's slots."""
 
     def __init__(
-        self, steps: Steps, slots: int, frame_rate_hz: float, *, clock: Callable[[], float] = time.monotonic
+        self,
+        steps: Steps,
+        slots: int,
+        frame_rate_hz: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        max_waiting: int = 4096,
+        stuck_after_seconds: float = 60.0,
     ) -> None:
-        """`clock` in seconds, from any beginning."""
+        """Of steps over as many slots.
+
+        clock: in seconds, from any beginning. max_waiting: refusable streams that may wait for a slot.
+        stuck_after_seconds: a step that takes longer is taken for one that never ends.
+        """
         self._steps = steps
         self._clock = clock
+        self.max_waiting = max_waiting
+        self.stuck_after_seconds = stuck_after_seconds
+        self.counts = Counts()
+        self._listeners: list[Callable[[], None]] = []
+        self._step_began: float | None = None  # while a step runs
         config = SchedulerConfig(
             frame_seconds=1 / frame_rate_hz, batch_sizes=steps.batch_sizes, prefill_sizes=steps.prefill_sizes
         )
@@ -63,9 +98,9 @@ class Loop:
 
     # --- from any thread ----------------------------------------------------------------------------------------------
 
-    def submit(self, job: Job) -> Stream:
-        """Let a job begin as soon as there is room for it."""
-        stream = Stream(job)
+    def submit(self, job: Job, *, is_refusable: bool = False) -> Stream:
+        """Let a job begin as soon as there is room for it; see `Stream` for one that is refusable."""
+        stream = Stream(job, is_refusable=is_refusable)
         self._inbox.append(stream)
         self.wake()
         return stream
@@ -80,33 +115,87 @@ class Loop:
             if driving:
                 self._take_inbox()
 
+    def cancel_all(self) -> None:
+        """End all streams."""
+        for stream in [*self._inbox, *self._waiting, *self._streams]:
+            if stream is not None and not stream.cancelled:
+                self.cancel(stream)
+
     def next(self, stream: Stream) -> Spoken | None:
-        """Wait for a stream's next frame; None when there are no more. Raises the stream's error."""
-        while True:
-            spoken = stream.take()
-            if spoken is not None:
-                if stream.held:
-                    self.wake()
-                return spoken
-            if stream.is_over and not stream.frames:
-                if stream.error is not None:
-                    raise stream.error
-                return None
+        """Wait for a stream's next frame; None when there are no more.
+
+        Raises the stream's error, and `DeviceStuck`.
+        """
+        self.wait(stream)
+        spoken = self.take(stream)
+        if spoken is None and stream.error is not None:
+            raise stream.error
+        return spoken
+
+    def wait(self, stream: Stream) -> None:
+        """Return when a stream has a frame or is over; meanwhile, drive if nobody else does. Raises `DeviceStuck`."""
+        while not stream.frames and not stream.is_over:
+            self.check_stuck()
             with self._drive(wait=True) as driving:
                 # What was awaited may have come while this thread waited to drive.
                 pause = self.step() if driving and not (stream.frames or stream.is_over) else 0.0
             if pause != 0.0 and not (stream.frames or stream.is_over):
                 self.sleep(pause)
 
+    def take(self, stream: Stream) -> Spoken | None:
+        """A stream's next frame, if there is one, without waiting."""
+        spoken = stream.take()
+        if spoken is not None and stream.held:
+            self.wake()
+        return spoken
+
+    def run(self, until: threading.Event) -> None:
+        """Drive in this thread until an event is set and somebody wakes the loop."""
+        while not until.is_set():
+            with self._drive(wait=True) as driving:
+                while driving and not until.is_set():
+                    try:
+                        pause = self.step()
+                    except Exception:  # a fault of the loop's own: its streams have failed, others go on
+                        logger.exception("A step failed")
+                        pause = FAULT_PAUSE_SECONDS
+                    self.wake()
+                    if pause != 0.0:
+                        self.sleep(pause, until)
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call a function, which must not wait, from the driving thread after each step."""
+        self._listeners.append(listener)
+
+    def stop_listening(self, listener: Callable[[], None]) -> None:
+        """Take back `listen`."""
+        self._listeners.remove(listener)
+
+    @property
+    def stuck_seconds(self) -> float:
+        """For how long the step that runs now has been running."""
+        began = self._step_began
+        return 0.0 if began is None else self._clock() - began
+
+    def check_stuck(self) -> None:
+        """Raise `DeviceStuck` when a step does not end."""
+        if self.stuck_seconds > self.stuck_after_seconds:
+            raise DeviceStuck(
+                f"The device has not answered for {self.stuck_seconds:.0f} s. Restart the process; if it happens "
+                "again, check the device with its vendor's tools."
+            )
+
     def wake(self) -> None:
         """End the sleep of whoever drives, and of those who wait."""
         with self._changed:
             self._changed.notify_all()
 
-    def sleep(self, seconds: float | None) -> None:
-        """Wait for something to change, at most for some seconds."""
+    def sleep(self, seconds: float | None, until: threading.Event | None = None) -> None:
+        """Wait for something to change, at most for some seconds, and not once `until` is set."""
         with self._changed:
-            if not self._inbox and not any(_has_room(stream) for stream in self._held):
+            if self._inbox or (until is not None and until.is_set()):
+                return
+            if not any(_has_room(stream) for stream in self._held):
                 self._changed.wait(seconds)
 
     @property
@@ -114,13 +203,30 @@ class Loop:
         """Whether no stream waits or runs."""
         return not self._inbox and not self._waiting and len(self._free) == len(self._streams)
 
+    @property
+    def waiting(self) -> int:
+        """Streams that wait for a slot."""
+        return len(self._inbox) + len(self._waiting)
+
+    @property
+    def used_slots(self) -> int:
+        """Slots that have a stream."""
+        return len(self._streams) - len(self._free)
+
+    @property
+    def slots(self) -> int:
+        """Slots in all."""
+        return len(self._streams)
+
     @contextmanager
     def _drive(self, *, wait: bool) -> Iterator[bool]:
         """Be the one that drives, or wait until whoever does has finished a tick -> whether this is the one."""
         with self._changed:
             if self._is_driven:
                 if wait:
-                    self._changed.wait()
+                    self._changed.wait(self.stuck_after_seconds)
+                else:
+                    self._changed.notify_all()
                 driving = False
             else:
                 driving = self._is_driven = True
@@ -136,21 +242,29 @@ class Loop:
 
     def step(self) -> float | None:
         """One tick -> seconds until there may be something to do: 0 at once, None once something changes."""
+        self._step_began = self._clock()
         try:
-            self._take_inbox()
-            self._resume()
-            self._admit()
-            read = self._prefill()
-            slots = self.scheduler.choose(self._clock())
-            if len(slots):
-                self._launch(slots)
-            ahead = self._steps.ahead if len(slots) else 0
-            delivered = len(self._in_flight) > ahead
-            while len(self._in_flight) > ahead:
-                self._deliver(self._in_flight.popleft())
+            return self._step()
         except BaseException as error:  # an interrupt, or a fault of the loop itself: no stream is whole any more
             self._fail_all(error)
             raise
+        finally:
+            self._step_began = None
+            for listener in self._listeners:
+                listener()
+
+    def _step(self) -> float | None:
+        self._take_inbox()
+        self._resume()
+        self._admit()
+        read = self._prefill()
+        slots = self.scheduler.choose(self._clock())
+        if len(slots):
+            self._launch(slots)
+        ahead = self._steps.ahead if len(slots) else 0
+        delivered = len(self._in_flight) > ahead
+        while len(self._in_flight) > ahead:
+            self._deliver(self._in_flight.popleft())
         if read or len(slots) or delivered or self._inbox:
             return 0.0
         now = self._clock()
@@ -161,11 +275,31 @@ class Loop:
         while self._inbox:
             stream = self._inbox.popleft()
             if not stream.cancelled:
-                self._waiting.append(stream)
+                refusal = self._refusal(stream) if stream.is_refusable else None
+                if refusal is None:
+                    self.counts.accepted += 1
+                    self._waiting.append(stream)
+                else:
+                    self.counts.refused += 1
+                    stream.error = refusal
             elif not stream.is_over:
                 if stream.slot < 0 and stream in self._waiting:
                     self._waiting.remove(stream)
                 self._finish(stream, "cancelled")
+
+    def _refusal(self, stream: Stream) -> Overloaded | None:
+        """Why a new stream cannot run in time, if it cannot."""
+        if len(self._waiting) >= self.max_waiting:
+            return Overloaded(
+                f"{len(self._waiting)} requests wait for a stream already. Ask again later.", retry_after_seconds=1.0
+            )
+        starting = sum(other.job.lead_seconds is not None for other in (*self._waiting, *self._reading))
+        after = self.scheduler.retry_after(self._clock(), stream.job.lead_seconds, starting)
+        if after is None:
+            return None
+        return Overloaded(
+            f"One more stream would make those that run late. Ask again in {after:.1f} s.", retry_after_seconds=after
+        )
 
     def _resume(self) -> None:
         """Let streams go on whose frames have been taken."""
@@ -196,6 +330,7 @@ class Loop:
             try:
                 self._steps.start(slot, job.sampling, job.seed, job.positions)
                 if job.prefix is not None:
+                    self.counts.with_prefix += 1
                     self._steps.paste_prefix(slot, job.prefix.cache)
             except Exception as error:
                 self._fail(stream, error)
@@ -212,6 +347,7 @@ class Loop:
             streams = [self._streams[piece.slot] for piece in pieces]
             positions = sum(piece.stop - piece.start for piece in pieces)
             planned.append(positions)
+            self.counts.read_positions += positions
             try:
                 self._passes.append((positions, self._steps.prefill(pieces)))
             except Exception as error:
@@ -277,6 +413,8 @@ class Loop:
             for stream in streams:
                 self._fail(stream, error)
             return
+        self.counts.steps += 1
+        self.counts.rows += len(slots)
         self.scheduler.launched(slots, self._clock())
         self._in_flight.append(_InFlight(launched, slots, streams))
         self._to_launch[slots] -= 1
@@ -352,15 +490,20 @@ class Loop:
             # A frame is read by the step after it, which has been made only where that step drew the end.
             read = stream.job.positions + (made if reason == "end" else max(0, made - 1))
             try:
-                stream.cache = self._steps.copy_prefix(stream.slot, read)
+                stream.prefix = Prefix(read, self._steps.copy_prefix(stream.slot, read))
             except Exception as error:
                 self._fail(stream, error)
                 return
+        if reason == "cancelled":
+            self.counts.cancelled += 1
+        else:
+            self.counts.finished += 1
         stream.finish_reason = reason
         self._release(stream)
 
     def _fail(self, stream: Stream, error: BaseException) -> None:
         if not stream.is_over:
+            self.counts.failed += 1
             stream.error = _in_words(error)
             self._release(stream)
 

@@ -400,6 +400,11 @@ class Scheduler:
 
     # --- what happened ------------------------------------------------------------------------------------------------
 
+    @property
+    def frames(self) -> int:
+        """Frames delivered so far."""
+        return self._frames
+
     def lateness(self, slot: int) -> float:
         """The most that a frame of the slot's stream was late, seconds; kept after its end, until the slot starts."""
         return float(self._lateness[slot])

@@ -19,12 +19,8 @@ FULL_PACE_FRAMES = 64
 class Prefix:
     """What a model has read already: positions that a prompt can begin behind."""
 
-    prompt: Prompt
+    positions: int
     cache: torch.Tensor  # of `copy_prefix`
-
-    def __len__(self) -> int:
-        """Positions that it takes."""
-        return len(self.prompt)
 
 
 @dataclass(frozen=True)
@@ -39,12 +35,12 @@ class Job:
     text_limit_frames: int | None
     prefix: Prefix | None = None
     lead_seconds: float | None = None  # how far to run ahead of playing in real time; None: as fast as it goes
-    keeps_cache: bool = False  # whether what has been read is wanted in the end: `Stream.cache`
+    keeps_cache: bool = False  # whether what has been read is wanted in the end: `Stream.prefix`
 
     @property
     def positions(self) -> int:
         """Positions of prefix and prompt."""
-        return len(self.prompt) + (0 if self.prefix is None else len(self.prefix))
+        return len(self.prompt) + (0 if self.prefix is None else self.prefix.positions)
 
 
 @dataclass(frozen=True)
@@ -60,16 +56,17 @@ class Stream:
     """A job on its way; the loop writes it, and whoever waits for it takes from it.
 
     finish_reason, error: one of them is set when it is over, which is before its last frames are taken.
-    cache: of a job that keeps it, once it is over: the keys and values of all positions that have certainly been read,
-        the prompt's and those of the frames but the last one.
+    prefix: of a job that keeps its cache, once it is over: all positions that have certainly been read, which are the
+        prompt's and those of the frames, but of the last one only where the model ended by itself.
     """
 
-    def __init__(self, job: Job) -> None:
-        """Of a job that has not begun."""
+    def __init__(self, job: Job, *, is_refusable: bool = False) -> None:
+        """Of a job that has not begun; one that is refusable fails with `Overloaded` if it cannot run in time."""
         self.job = job
+        self.is_refusable = is_refusable
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
-        self.cache: torch.Tensor | None = None
+        self.prefix: Prefix | None = None
         self.slot = -1  # while it has one
         self.read_positions = 0  # of the prompt
         self.cancelled = False

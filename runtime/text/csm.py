@@ -36,7 +36,7 @@ def build_prompt(config: CsmConfig, turns: Sequence[Turn]) -> Prompt:
     text_tokens: list[torch.Tensor] = []
     codes: list[torch.Tensor] = []
     for turn in turns:
-        text_tokens.append(torch.tensor(turn.text))
+        text_tokens.append(torch.tensor(turn.text, dtype=torch.int64))
         codes.append(torch.zeros(len(turn.text), config.codebooks, dtype=torch.int64))
         if turn.codes is not None:
             text_tokens.append(torch.full((len(turn.codes) + 1,), -1))

@@ -11,7 +11,7 @@ import torch
 from aloud.engine.loop import Loop
 from aloud.engine.slots import allocate_slots
 from aloud.engine.steps import EagerSteps
-from aloud.engine.stream import Job, Prefix, Spoken, Stream
+from aloud.engine.stream import Job, Spoken, Stream
 from aloud.errors import LogitsNotFinite, StepFailed
 from aloud.request import Guards, Prompt, Sampling
 from scripted import CODEBOOKS, FRAME_RATE, NOT_FINITE, Frame, ScriptedModel, State, said
@@ -139,9 +139,9 @@ def test_a_prefix_is_read_once() -> None:
     first = Prompt(torch.arange(100, 140), torch.zeros(40, CODEBOOKS, dtype=torch.int64))
     reading = loop.submit(Job(first, Sampling(), 0, 0, Guards.off(), None, keeps_cache=True))
     assert all_of(loop, reading) == []
-    assert reading.cache is not None
+    assert reading.prefix is not None
     second = Prompt(torch.arange(7), torch.zeros(7, CODEBOOKS, dtype=torch.int64))
-    speaking = Job(second, Sampling(), 1, 5, Guards.off(), None, prefix=Prefix(first, reading.cache))
+    speaking = Job(second, Sampling(), 1, 5, Guards.off(), None, prefix=reading.prefix)
     assert all_of(loop, loop.submit(speaking)) == [11]
     assert [stream.prompt_positions for stream in model.started] == [40, 47]
     assert [model.started[1].read[position] for position in range(47)] == [*range(100, 140), *range(7)]
@@ -154,9 +154,9 @@ def test_a_kept_cache_is_of_what_has_certainly_been_read(script: int, frames: in
     prompt = Prompt(torch.arange(5), torch.zeros(5, CODEBOOKS, dtype=torch.int64))
     stream = loop.submit(Job(prompt, Sampling(), 1, 3, Guards.off(), None, keeps_cache=True))
     assert len(all_of(loop, stream)) == frames
-    assert stream.cache is not None
+    assert stream.prefix is not None
     # A frame is read by the step that draws the one after it, or the end.
-    assert len(stream.cache) == 5 + (frames if stream.finish_reason == "end" else frames - 1)
+    assert len(stream.prefix.cache) == stream.prefix.positions == 5 + (frames if stream.finish_reason == "end" else frames - 1)
 
 
 def test_guards_watch_each_stream_on_its_own() -> None:

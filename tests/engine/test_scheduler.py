@@ -663,9 +663,13 @@ class Stream:
 
 
 def seconds_of(rows: int) -> float:
-    """The reference's frame time, exact in binary: 1/256 s and 1/1024 s a captured row; several ticks beyond 8."""
+    """The reference's frame time, exact in binary: from 1.5 to 5 eighths of a frame period; several ticks beyond 8."""
     passes, rest = divmod(rows, 8)
-    return passes * (1 / 256 + 8 / 1024) + (1 / 256 + next(s for s in SIZES if s >= rest) / 1024 if rest else 0)
+    return passes * 5 / 64 + ((2 + next(size for size in SIZES if size >= rest)) / 128 if rest else 0)
+
+
+def prefill_seconds_of(positions: int) -> float:
+    return positions / 64 / 256
 
 
 class Schedules(RuleBasedStateMachine):
@@ -675,7 +679,7 @@ class Schedules(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.scheduler = make(self.slots, cost=seconds_of)
+        self.scheduler = make(self.slots, cost=seconds_of, prefill_cost=prefill_seconds_of)
         self.streams: dict[int, Stream] = {}
         self.now, self.full_ran = 0.0, 0.0
         self.queue: list[int] = []  # full-pace slots, the next first
@@ -688,10 +692,16 @@ class Schedules(RuleBasedStateMachine):
     def wait(self, sixtyfourths: int) -> None:
         self.now += sixtyfourths / 64
 
-    @rule(slot=st.integers(0, slots - 1), lead=st.sampled_from([None, FRAME, 3 * FRAME, 0.4375]))
-    def start(self, slot: int, lead: float | None) -> None:
-        if slot in self.streams:
-            return
+    @rule(
+        arrivals=st.dictionaries(
+            st.integers(0, slots - 1), st.sampled_from([None, FRAME, 3 * FRAME, 0.4375]), min_size=1, max_size=8
+        )
+    )
+    def start(self, arrivals: dict[int, float | None]) -> None:
+        for slot in sorted(arrivals.keys() - self.streams.keys()):
+            self.start_one(slot, arrivals[slot])
+
+    def start_one(self, slot: int, lead: float | None) -> None:
         if lead is None and not self.may_run_full():
             self.full_ran = self.now
         self.scheduler.start(slot, self.now, lead)
@@ -722,6 +732,15 @@ class Schedules(RuleBasedStateMachine):
                 self.full_ran = self.now
             stream.held = False
             stream.restart(self.now)
+
+    @rule(sixtyfourths=st.lists(st.integers(0, 12), max_size=6))
+    def run_for_some_ticks(self, sixtyfourths: list[int]) -> None:
+        """As the loop does: launch a frame, then read the one before."""
+        for wait in sixtyfourths:
+            self.wait(wait)
+            self.launch()
+            while len(self.flights) > 1:
+                self.deliver()
 
     @rule()
     def launch(self) -> None:
@@ -821,8 +840,16 @@ class Schedules(RuleBasedStateMachine):
         assert statistics.held == sum(held for held, _ in kinds)
         assert statistics.running_full == kinds.count((False, True))
         assert statistics.running_realtime == kinds.count((False, False))
-        assert 0 < self.scheduler.prefill_positions(self.now) <= 512
+
+    @invariant()
+    def prefill_takes_what_can_be_spared(self) -> None:
+        budget = min(FRAME, self.spare([]) / 2)
+        for planned in ((), (64,), (200, 64)):
+            left = budget - sum(prefill_seconds_of(256 if positions == 200 else positions) for positions in planned)
+            fitting = [size for size in (64, 128, 256, 512) if prefill_seconds_of(size) <= left]
+            expected = max(fitting, default=0 if planned else 64)
+            assert self.scheduler.prefill_positions(self.now, planned) == expected
 
 
 TestSchedules = Schedules.TestCase
-TestSchedules.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestSchedules.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

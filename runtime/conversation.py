@@ -1,0 +1,125 @@
+"""A conversation as prompt positions: what has been said, and how much of it a cached prefix has read already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from aloud.engine.stream import Prefix
+from aloud.errors import ContextTooLong
+from aloud.models.csm import CsmConfig
+from aloud.request import Prompt
+from aloud.text.csm import Turn, build_prompt
+from aloud.voice import Voice
+
+
+class Conversation:
+    """Turns behind a voice. When they no longer fit, the oldest are dropped whole; the voice stays.
+
+    dropped_turns, rebuilds: how many turns were dropped, and how often the rest had to be read again for it.
+    """
+
+    def __init__(self, config: CsmConfig, voice: Voice | None, max_positions: int) -> None:
+        """Of nothing but a voice, for slots of `max_positions`."""
+        self._config = config
+        self._voice = None if voice is None else voice.prefix
+        self._cached = self._voice
+        self._turns: list[Prompt] = []
+        self._max_positions = max_positions
+        self.dropped_turns = 0
+        self.rebuilds = 0
+
+    @property
+    def positions(self) -> int:
+        """Positions of the voice and all turns."""
+        return _positions(self._voice) + sum(len(turn) for turn in self._turns)
+
+    @property
+    def cached_positions(self) -> int:
+        """Of those, the ones that need not be read again."""
+        return _positions(self._cached)
+
+    @property
+    def cached(self) -> Prefix | None:
+        """What has been read of them."""
+        return self._cached
+
+    @property
+    def free_positions(self) -> int:
+        """Positions that one turn can take at most, all others dropped."""
+        return self._max_positions - _positions(self._voice)
+
+    @property
+    def turns(self) -> tuple[Prompt, ...]:
+        """The turns that are still there, oldest first."""
+        return tuple(self._turns)
+
+    def add(self, turn: Prompt) -> None:
+        """A turn that was heard."""
+        self._turns.append(turn)
+
+    def add_spoken(self, text: Prompt, codes: torch.Tensor, read: Prefix | None) -> None:
+        """A turn that was spoken here: its text, its codes int64 [frames, codebooks], and what has been read by then.
+
+        `read` is of the prompt that `prompt_for` gave, with the text, and frames; None where nothing was kept.
+        """
+        audio = build_prompt(self._config, [Turn([], codes)])
+        self._turns.append(join([text, audio]))
+        if read is not None:
+            self._cached = read
+
+    def has_read(self, read: Prefix) -> None:
+        """The voice and the turns up to now have been read."""
+        self._cached = read
+
+    def unread(self) -> Prompt | None:
+        """The positions of turns behind the cached prefix."""
+        prompt = join(self._turns)[self.cached_positions - _positions(self._voice) :] if self._turns else None
+        return prompt if prompt is not None and len(prompt) else None
+
+    def prompt_for(self, text: Prompt, frames: int) -> tuple[Prefix | None, Prompt]:
+        """What to begin behind, and what to read before speaking a text of up to `frames` frames.
+
+        Drops the oldest turns if need be. Raises `ContextTooLong` when voice and text alone do not fit.
+        """
+        least = _positions(self._voice) + len(text)
+        if least > self._max_positions:
+            raise ContextTooLong(
+                f"The voice and the text take {least} positions, {least - self._max_positions} more than there are. "
+                "Use a shorter voice, or say less at once."
+            )
+        room = self._max_positions + 1 - len(text)  # the last frame is never read back
+        wanted = min(frames, room - _positions(self._voice))
+        self._drop_until(room - wanted)
+        unread = self.unread()
+        return self._cached, text if unread is None else join([unread, text])
+
+    def make_room(self) -> None:
+        """Drop the oldest turns until the rest fits."""
+        self._drop_until(self._max_positions)
+
+    def room_frames(self, text: Prompt) -> int:
+        """Frames that can be spoken now behind the text."""
+        return self._max_positions + 1 - self.positions - len(text)
+
+    def _drop_until(self, positions: int) -> None:
+        dropped = False
+        while self._turns and self.positions > positions:
+            self._turns.pop(0)
+            self.dropped_turns += 1
+            dropped = True
+        if dropped and self._cached is not self._voice:
+            self._cached = self._voice
+            self.rebuilds += 1
+
+
+def join(prompts: Sequence[Prompt]) -> Prompt:
+    """Prompts one after the other, at least one."""
+    return Prompt(
+        torch.cat([prompt.text_tokens for prompt in prompts]), torch.cat([prompt.codes for prompt in prompts])
+    )
+
+
+def _positions(prefix: Prefix | None) -> int:
+    return 0 if prefix is None else prefix.positions

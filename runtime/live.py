@@ -1,0 +1,429 @@
+"""`Engine`: a runtime's loop in a thread of its own, with many callers, async or not."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, TypeAlias
+
+from aloud.api import Runtime
+from aloud.arrivals import Arrivals
+from aloud.audio import Audio
+from aloud.conversation import Conversation
+from aloud.engine.loop import Loop
+from aloud.engine.stream import Job, Stream
+from aloud.errors import EngineClosed, RequestError
+from aloud.live_speech import LiveSpeech, Text
+from aloud.prepare import (
+    check_manner,
+    check_voice,
+    read_turns,
+    resolve_guards,
+    resolve_sampling,
+    resolve_seed,
+    text_prompt,
+    whole_frames,
+)
+from aloud.request import Guards, Request, Segment
+from aloud.session import Session
+from aloud.speech import joined
+from aloud.utterance import Manner, Utterance
+from aloud.voice import Voice
+
+Pace: TypeAlias = Literal["realtime", "full"]
+LEAD_SECONDS = 0.4
+"""How far a stream runs ahead of being played: what a network and a player may be late."""
+MAX_WAITING = 64
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine does, as plain numbers; lateness is of frames of real-time streams, since the engine began."""
+
+    slots: int
+    slots_used: int
+    streams_waiting: int
+    accepted: int
+    refused: int
+    finished: int
+    cancelled: int
+    failed: int
+    prefix_hits: int  # streams that began behind a cached voice or session
+    prefill_positions: int  # positions of prompts that were read
+    frames: int
+    frames_per_second: float  # over the last 10 s
+    steps: int
+    rows_per_step: float
+    realtime_frames: int
+    late_frames: int
+    lateness_p50_seconds: float
+    lateness_p99_seconds: float
+    lateness_max_seconds: float
+    is_draining: bool
+    stuck_seconds: float  # how long the step that runs now has taken
+
+
+class Engine:
+    """Many live streams over one runtime.
+
+    Use it as a context manager, `with` or `async with`, or `close` it. Several event loops and threads may share one.
+    """
+
+    def __init__(self, runtime: Runtime, *, max_waiting: int = MAX_WAITING, stuck_after_seconds: float = 60.0) -> None:
+        """Allocate, compile and capture what the runtime has not yet, and start the thread.
+
+        max_waiting: requests that may wait for a slot; more are refused with `Overloaded`.
+        stuck_after_seconds: a step that takes longer is taken for a device that does not answer, and those who wait
+            are told so.
+        """
+        if not isinstance(max_waiting, int) or max_waiting < 0:
+            raise RequestError(f"max_waiting must be a whole number, 0 or more, got {max_waiting!r}.")
+        runtime.warm()
+        self.runtime = runtime
+        self.loop: Loop = runtime.loop
+        self.loop.max_waiting = max_waiting
+        self.loop.stuck_after_seconds = stuck_after_seconds
+        self._arrivals: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Arrivals] = weakref.WeakKeyDictionary()
+        self._arrivals_lock = threading.Lock()
+        self._is_draining = False
+        self._rates = _Rate()
+        self._stop = threading.Event()
+        self.loop.listen(self._after_step)
+        self._thread = threading.Thread(target=self.loop.run, args=(self._stop,), name="aloud-engine", daemon=True)
+        self._thread.start()
+
+    def stream(
+        self,
+        text: Text,
+        *,
+        speaker: int = 0,
+        voice: Voice | None = None,
+        context: Sequence[Segment] = (),
+        temperature: float | None = None,
+        top_k: int | None = None,
+        depth_temperature: float | None = None,
+        depth_top_k: int | None = None,
+        seed: int | None = None,
+        max_seconds: float | None = None,
+        guards: Guards | None = None,
+        pace: Pace = "realtime",
+        lead_seconds: float | None = None,
+    ) -> LiveSpeech:
+        """Say a text and hand out each 80 ms as it is made: `async for chunk in ...`, or `for chunk in ...`.
+
+        text: of any length, or its parts as they come, from an iterator or an async iterator. It is cut into sentences,
+            the first at its first clause, and each is spoken behind those before it.
+        pace: "realtime" keeps `lead_seconds` (default 0.4) ahead of being played, then lets others run; "full" is as
+            fast as can be, with what real-time streams leave.
+
+        The other arguments are those of `Runtime.speak`. What is wrong with them is raised here; `Overloaded`, and
+        whatever goes wrong later, by the iteration.
+        """
+        request = Request(
+            text="",
+            speaker=speaker,
+            context=context,
+            temperature=temperature,
+            top_k=top_k,
+            depth_temperature=depth_temperature,
+            depth_top_k=depth_top_k,
+            seed=seed,
+            max_seconds=max_seconds,
+            guards=guards,
+            voice=voice,
+        )
+        check_voice(self.runtime.model, voice)
+        return self.speech(text, request, pace, lead_seconds, lambda: self._conversation(request), keeps_context=False)
+
+    async def speak(
+        self,
+        text: Text,
+        *,
+        speaker: int = 0,
+        voice: Voice | None = None,
+        context: Sequence[Segment] = (),
+        temperature: float | None = None,
+        top_k: int | None = None,
+        depth_temperature: float | None = None,
+        depth_top_k: int | None = None,
+        seed: int | None = None,
+        max_seconds: float | None = None,
+        guards: Guards | None = None,
+    ) -> Audio:
+        """Say a text and return all of it, at full pace; the arguments are those of `stream`."""
+        speech = self.stream(
+            text,
+            speaker=speaker,
+            voice=voice,
+            context=context,
+            temperature=temperature,
+            top_k=top_k,
+            depth_temperature=depth_temperature,
+            depth_top_k=depth_top_k,
+            seed=seed,
+            max_seconds=max_seconds,
+            guards=guards,
+            pace="full",
+        )
+        return self.joined([chunk async for chunk in speech], speech)
+
+    def speak_sync(
+        self,
+        text: Text,
+        *,
+        speaker: int = 0,
+        voice: Voice | None = None,
+        context: Sequence[Segment] = (),
+        temperature: float | None = None,
+        top_k: int | None = None,
+        depth_temperature: float | None = None,
+        depth_top_k: int | None = None,
+        seed: int | None = None,
+        max_seconds: float | None = None,
+        guards: Guards | None = None,
+    ) -> Audio:
+        """As `speak`; blocks."""
+        speech = self.stream(
+            text,
+            speaker=speaker,
+            voice=voice,
+            context=context,
+            temperature=temperature,
+            top_k=top_k,
+            depth_temperature=depth_temperature,
+            depth_top_k=depth_top_k,
+            seed=seed,
+            max_seconds=max_seconds,
+            guards=guards,
+            pace="full",
+        )
+        return self.joined(list(speech), speech)
+
+    def session(
+        self,
+        *,
+        voice: Voice | None = None,
+        speaker: int = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        depth_temperature: float | None = None,
+        depth_top_k: int | None = None,
+        guards: Guards | None = None,
+    ) -> Session:
+        """A conversation whose context stays read from turn to turn."""
+        manner = Request(
+            text="",
+            speaker=speaker,
+            temperature=temperature,
+            top_k=top_k,
+            depth_temperature=depth_temperature,
+            depth_top_k=depth_top_k,
+            guards=guards,
+            voice=voice,
+        )
+        check_manner(manner)
+        check_voice(self.runtime.model, voice)
+        return Session(self, manner, self._conversation(manner))
+
+    def stats(self) -> EngineStats:
+        """What it does now and has done."""
+        loop = self.loop
+        counts, lateness = loop.counts, loop.scheduler.statistics()
+        return EngineStats(
+            slots=loop.slots,
+            slots_used=loop.used_slots,
+            streams_waiting=loop.waiting,
+            accepted=counts.accepted,
+            refused=counts.refused,
+            finished=counts.finished,
+            cancelled=counts.cancelled,
+            failed=counts.failed,
+            prefix_hits=counts.with_prefix,
+            prefill_positions=counts.read_positions,
+            frames=lateness.frames,
+            frames_per_second=self._rates.per_second(),
+            steps=counts.steps,
+            rows_per_step=counts.rows / counts.steps if counts.steps else 0.0,
+            realtime_frames=lateness.realtime_frames,
+            late_frames=lateness.late_frames,
+            lateness_p50_seconds=lateness.lateness_p50,
+            lateness_p99_seconds=lateness.lateness_p99,
+            lateness_max_seconds=lateness.lateness_max,
+            is_draining=self._is_draining,
+            stuck_seconds=loop.stuck_seconds,
+        )
+
+    def check_health(self) -> None:
+        """Raise what keeps the engine from working: `EngineClosed`, or `DeviceStuck`."""
+        if self._stop.is_set() or not self._thread.is_alive():
+            raise EngineClosed("The engine is closed. Make a new one.")
+        self.loop.check_stuck()
+
+    async def drain(self, limit_seconds: float | None = None) -> bool:
+        """Take no new work and wait until all that runs has ended -> whether it has, within the limit."""
+        return await asyncio.to_thread(self.drain_sync, limit_seconds)
+
+    def drain_sync(self, limit_seconds: float | None = None) -> bool:
+        """As `drain`; blocks."""
+        self._is_draining = True
+        end = None if limit_seconds is None else time.monotonic() + limit_seconds
+        while not self.loop.is_idle:
+            if end is not None and time.monotonic() > end:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def close(self) -> None:
+        """End all streams and the thread; the runtime can be used further."""
+        self._is_draining = True
+        if self._stop.is_set():
+            return
+        self.loop.cancel_all()
+        self._stop.set()
+        self.loop.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=self.loop.stuck_after_seconds)
+        self.loop.stop_listening(self._after_step)
+        self._after_step()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Engine:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    # --- for sessions -------------------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> Stream:
+        """Let a job run."""
+        self._check_open()
+        return self.loop.submit(job)
+
+    def speech(
+        self,
+        text: Text,
+        request: Request,
+        pace: Pace,
+        lead_seconds: float | None,
+        conversation: Callable[[], Conversation],
+        *,
+        keeps_context: bool,
+        when_over: Callable[[], None] = lambda: None,
+    ) -> LiveSpeech:
+        """Speech of a text behind a conversation, which is asked for when it begins."""
+        self._check_open()
+        check_manner(request)
+        model, tokenizer = self.runtime.model, self.runtime.tokenizer
+        codec = model.config.codec
+        manner = Manner(
+            sampling=resolve_sampling(self.runtime.sampling, request),
+            seed=resolve_seed(request),
+            guards=resolve_guards(request),
+            max_frames=whole_frames(request.max_seconds, codec.frame_rate),
+            lead_seconds=_lead(pace, lead_seconds),
+        )
+
+        def begin() -> Utterance:
+            self._check_open()
+            return Utterance(
+                self.loop,
+                codec,
+                conversation(),
+                manner,
+                lambda piece: text_prompt(model, tokenizer, request.speaker, piece),
+                keeps_context=keeps_context,
+            )
+
+        return LiveSpeech(
+            self.loop,
+            self._arrivals_here,
+            text,
+            begin,
+            begin_blocks=any(segment.audio is not None for segment in request.context),
+            seed=manner.seed,
+            guards=manner.guards,
+            when_over=when_over,
+        )
+
+    def joined(self, chunks: Sequence[Audio], speech: LiveSpeech) -> Audio:
+        """All chunks of a speech as one, without its silent tail."""
+        return joined(self.runtime.config.codec, chunks, speech.guards, speech.finish_reason)
+
+    def _conversation(self, request: Request) -> Conversation:
+        runtime = self.runtime
+        conversation = Conversation(runtime.config, request.voice, runtime.max_positions)
+        if request.context:
+            left = conversation.free_positions
+            for turn in read_turns(runtime.model, runtime.tokenizer, request.context, max_positions=left):
+                conversation.add(turn)
+        return conversation
+
+    def _check_open(self) -> None:
+        if self._stop.is_set():
+            raise EngineClosed("The engine is closed. Make a new one.")
+        if self._is_draining:
+            raise EngineClosed("The engine is draining: it finishes what runs and takes no new work.")
+
+    def _arrivals_here(self) -> Arrivals:
+        """Of the event loop that runs in this thread."""
+        event_loop = asyncio.get_running_loop()
+        with self._arrivals_lock:
+            if event_loop not in self._arrivals:
+                self._arrivals[event_loop] = Arrivals(self.loop, event_loop)
+            return self._arrivals[event_loop]
+
+    def _after_step(self) -> None:
+        self._rates.count(self.loop.scheduler.frames)
+        with self._arrivals_lock:
+            everywhere = list(self._arrivals.values())
+        for arrivals in everywhere:
+            arrivals.announce()
+
+
+class _Rate:
+    """How fast a number grows, over the last ten seconds."""
+
+    SECONDS = 10
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = []  # (when, how many by then), one a second
+        self._now = 0
+
+    def count(self, total: int) -> None:
+        """How many there are by now."""
+        self._now = total
+        now = time.monotonic()
+        if not self._marks or now - self._marks[-1][0] >= 1:
+            self._marks = [*self._marks[-self.SECONDS :], (now, total)]
+
+    def per_second(self) -> float:
+        """The growth a second since the oldest mark that is not older than ten seconds."""
+        now = time.monotonic()
+        marks = [mark for mark in self._marks if now - mark[0] <= self.SECONDS]
+        return (self._now - marks[0][1]) / (now - marks[0][0]) if marks and now > marks[0][0] else 0.0
+
+
+def _lead(pace: Pace, lead_seconds: float | None) -> float | None:
+    if pace not in ("realtime", "full"):
+        raise RequestError(f'pace must be "realtime" or "full", got {pace!r}.')
+    if pace == "full":
+        return None
+    lead = LEAD_SECONDS if lead_seconds is None else lead_seconds
+    if isinstance(lead, bool) or not isinstance(lead, (int, float)) or not 0.08 <= lead <= 60:
+        raise RequestError(f"lead_seconds must be from 0.08 to 60, got {lead_seconds!r}.")
+    return float(lead)

@@ -1,0 +1,160 @@
+"""A session: a conversation whose context stays read from turn to turn, so that a turn costs only what is new in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aloud.audio import Audio
+from aloud.conversation import Conversation
+from aloud.engine.stream import Job
+from aloud.errors import SessionBusy
+from aloud.live_speech import LiveSpeech, Text
+from aloud.prepare import check_text, read_turns
+from aloud.request import AudioSource, Guards, Request, Sampling, Segment
+
+if TYPE_CHECKING:
+    from aloud.live import Engine, Pace
+
+
+@dataclass(frozen=True)
+class SessionStats:
+    """Where a session stands."""
+
+    positions: int  # of the model's context, voice and turns
+    cached_positions: int  # of those, the ones that the next turn need not read
+    turns: int
+    dropped_turns: int  # the oldest, dropped so that the rest fits
+    rebuilds: int  # how often the rest was read again for it
+
+
+class Session:
+    """A conversation over many turns; `Engine.session` makes it.
+
+    It does one thing at a time: what is asked for while something runs raises `SessionBusy`. What was spoken and heard
+    is context for what follows, also the part of a turn that was handed out before it was cancelled. When the model's
+    context is full, the oldest turns are dropped whole; the voice stays.
+    """
+
+    def __init__(self, engine: Engine, manner: Request, conversation: Conversation) -> None:
+        """Of a request that says how to speak; its text means nothing."""
+        self._engine = engine
+        self._manner = manner
+        self._conversation = conversation
+        self._is_busy = False
+
+    @property
+    def stats(self) -> SessionStats:
+        """Where it stands."""
+        conversation = self._conversation
+        return SessionStats(
+            positions=conversation.positions,
+            cached_positions=conversation.cached_positions,
+            turns=len(conversation.turns),
+            dropped_turns=conversation.dropped_turns,
+            rebuilds=conversation.rebuilds,
+        )
+
+    async def hear(self, text: str, audio: AudioSource | None = None, speaker: int = 1) -> None:
+        """Take in a turn of somebody else: its text, its sound if there is any, who spoke.
+
+        Its context is read now, so that the next answer need not wait for it.
+        """
+        await asyncio.to_thread(self.hear_sync, text, audio, speaker)
+
+    def hear_sync(self, text: str, audio: AudioSource | None = None, speaker: int = 1) -> None:
+        """As `hear`; blocks."""
+        with self._busy():
+            runtime, conversation = self._engine.runtime, self._conversation
+            segment = Segment(text, audio, speaker)
+            (turn,) = read_turns(runtime.model, runtime.tokenizer, [segment], max_positions=conversation.free_positions)
+            conversation.add(turn)
+            conversation.make_room()
+            unread = conversation.unread()
+            if unread is None:
+                return
+            job = Job(
+                prompt=unread,
+                sampling=Sampling(),
+                seed=0,
+                max_frames=0,
+                guards=Guards.off(),
+                text_limit_frames=None,
+                prefix=conversation.cached,
+                keeps_cache=True,
+            )
+            stream = self._engine.submit(job)
+            try:
+                self._engine.loop.next(stream)
+            finally:
+                self._engine.loop.cancel(stream)
+            assert stream.prefix is not None
+            conversation.has_read(stream.prefix)
+
+    def stream(
+        self,
+        text: Text,
+        *,
+        seed: int | None = None,
+        max_seconds: float | None = None,
+        pace: Pace = "realtime",
+        lead_seconds: float | None = None,
+    ) -> LiveSpeech:
+        """Say the next turn; the arguments are those of `Engine.stream`, the others were given to `Engine.session`."""
+        request = self._request(text, seed, max_seconds)
+        release = self._claim()
+        try:
+            return self._engine.speech(
+                text, request, pace, lead_seconds, lambda: self._conversation, keeps_context=True, when_over=release
+            )
+        except BaseException:
+            release()
+            raise
+
+    async def speak(self, text: Text, *, seed: int | None = None, max_seconds: float | None = None) -> Audio:
+        """Say the next turn and return all of it."""
+        speech = self.stream(text, seed=seed, max_seconds=max_seconds, pace="full")
+        return self._engine.joined([chunk async for chunk in speech], speech)
+
+    def speak_sync(self, text: Text, *, seed: int | None = None, max_seconds: float | None = None) -> Audio:
+        """As `speak`; blocks."""
+        speech = self.stream(text, seed=seed, max_seconds=max_seconds, pace="full")
+        return self._engine.joined(list(speech), speech)
+
+    def _request(self, text: Text, seed: int | None, max_seconds: float | None) -> Request:
+        if isinstance(text, str):
+            check_text(text)
+        given = self._manner
+        return Request(
+            text="",
+            speaker=given.speaker,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            depth_temperature=given.depth_temperature,
+            depth_top_k=given.depth_top_k,
+            seed=seed,
+            max_seconds=max_seconds,
+            guards=given.guards,
+        )
+
+    def _claim(self) -> Callable[[], None]:
+        """Be busy until the function that this returns is called."""
+        if self._is_busy:
+            raise SessionBusy("The session is still speaking or hearing. Wait for that, or cancel it.")
+        self._is_busy = True
+
+        def release() -> None:
+            self._is_busy = False
+
+        return release
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        release = self._claim()
+        try:
+            yield
+        finally:
+            release()
