@@ -23,7 +23,7 @@ sampler = Pybind11Extension(
 setup(
     package_dir=ROOTS,
     packages=packages,
-    package_data={"aloud": ["py.typed", "_sampler.pyi"]},
+    package_data={"aloud": ["py.typed", "_sampler.pyi"], "aloud.server": ["page.html"]},
     ext_modules=[sampler],
     cmdclass={"build_ext": build_ext},
 )

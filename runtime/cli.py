@@ -1,4 +1,4 @@
-"""The `aloud` command: speak, inspect, warm, random, bench."""
+"""The `aloud` command: speak, serve, inspect, warm, random, bench."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from aloud import __version__
-from aloud.errors import AloudError, AudioUnreadable, AudioUnwritable, RequestError
+from aloud.errors import AloudError, AudioUnreadable, AudioUnwritable, MissingDependency, RequestError
 from aloud.request import Request, Segment
 
 MODEL = "sesame/csm-1b"
@@ -101,6 +101,22 @@ def _parser() -> argparse.ArgumentParser:
     speak.add_argument("--max-seconds", type=float, help="the longest to speak (default: until the end of speech)")
     speak.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     speak.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+
+    serve = commands.add_parser("serve", parents=[common, hub], help="a server that OpenAI's clients can talk to")
+    serve.set_defaults(run=_serve)
+    serve.add_argument("model", nargs="?", default=MODEL, help=f"hub name or folder (default: {MODEL})")
+    serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000")
+    serve.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="a key a line; without it, everybody who reaches it may ask"
+    )
+    serve.add_argument("--voices", type=Path, metavar="DIR", help="where voices are kept (default: until it stops)")
+    serve.add_argument("--max-streams", type=int, help="streams at once (default: what fits, at most 256)")
+    serve.add_argument("--max-positions", type=int, help="context of a stream (default: the model's)")
+    serve.add_argument("--max-waiting", type=int, default=64, help="requests that may wait for a stream (default: 64)")
+    serve.add_argument("--drain-seconds", type=float, default=100.0, help="for what runs, when stopped (default: 100)")
+    serve.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    serve.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
 
     inspect = commands.add_parser("inspect", parents=[common, hub], help="what a checkpoint is and needs")
     inspect.set_defaults(run=_inspect)
@@ -203,6 +219,44 @@ def _segment(value: str) -> Segment:
             "(an empty FILE is a turn of text alone)"
         )
     return Segment(text, audio=file or None, speaker=int(speaker))
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    keys = _read_keys(parsed.api_key_file)
+    try:
+        from aloud.server.serve import serve
+        from aloud.server.settings import Settings
+    except ModuleNotFoundError as error:
+        raise MissingDependency(f"The server needs {error.name}. Install it: pip install 'aloud[server]'") from error
+    from aloud.api import Runtime
+
+    runtime = Runtime.load(
+        parsed.model,
+        revision=parsed.revision,
+        local_files_only=parsed.local_files_only,
+        device=parsed.device,
+        dtype=parsed.dtype,
+        max_streams=parsed.max_streams,
+        max_positions=parsed.max_positions,
+    )
+    settings = Settings(model=parsed.model, keys=keys, voices=parsed.voices)
+    return serve(
+        runtime,
+        settings,
+        host=parsed.host,
+        port=parsed.port,
+        drain_seconds=parsed.drain_seconds,
+        max_waiting=parsed.max_waiting,
+    )
+
+
+def _read_keys(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    if not keys:
+        raise RequestError(f"There is no key in {path}. Write one a line, or leave --api-key-file out.")
+    return keys
 
 
 def _inspect(parsed: argparse.Namespace) -> int:

@@ -67,6 +67,11 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         """Why it ended: "end", "length", a guard's name, "cancelled" or "error"; None before."""
         return None if self._utterance is None else self._utterance.finish_reason
 
+    @property
+    def lateness_seconds(self) -> float:
+        """The most that a frame came later than real time wants it, in the sentences that are over."""
+        return 0.0 if self._utterance is None else self._utterance.lateness_seconds
+
     async def __anext__(self) -> Audio:
         """The next chunk."""
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from aloud.engine.stream import Job
 from aloud.errors import SessionBusy
 from aloud.live_speech import LiveSpeech, Text
 from aloud.prepare import check_text, read_turns
-from aloud.request import AudioSource, Guards, Request, Sampling, Segment
+from aloud.request import AudioSource, Guards, Prompt, Request, Sampling, Segment
 
 if TYPE_CHECKING:
     from aloud.live import Engine, Pace
@@ -57,6 +57,18 @@ class Session:
             dropped_turns=conversation.dropped_turns,
             rebuilds=conversation.rebuilds,
         )
+
+    @property
+    def turns(self) -> tuple[Prompt, ...]:
+        """The turns that are still there, oldest first, as tokens: what `restore` takes."""
+        return self._conversation.turns
+
+    def restore(self, turns: Sequence[Prompt]) -> None:
+        """Add turns of another session; they are read when the next turn begins."""
+        with self._busy():
+            for turn in turns:
+                self._conversation.add(turn)
+            self._conversation.make_room()
 
     async def hear(self, text: str, audio: AudioSource | None = None, speaker: int = 1) -> None:
         """Take in a turn of somebody else: its text, its sound if there is any, who spoke.

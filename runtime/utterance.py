@@ -68,6 +68,7 @@ class Utterance:
     ) -> None:
         """`prompt_of` makes the prompt of one piece of text."""
         self.finish_reason: str | None = None
+        self.lateness_seconds = 0.0  # the most that a frame of the pieces that are over was late
         self._loop = loop
         self._codec = codec
         self._conversation = conversation
@@ -189,6 +190,7 @@ class Utterance:
 
     def _end_piece(self, stream: Stream) -> None:
         self._stream = None
+        self.lateness_seconds = max(self.lateness_seconds, stream.lateness_seconds)
         if stream.error is not None:
             self.finish_reason = "error"
             raise stream.error

@@ -17,7 +17,8 @@ PACKAGES = {"runtime": "aloud", "kernels": "aloud.kernels", "benchmarks": "aloud
 # Top to bottom. Rooms of one entry are strangers to each other; a module is in the room of the longest name it begins
 # with. The package itself, `aloud`, is in none: it takes its public names from everywhere, when they are asked for.
 FLOORS: list[list[str]] = [
-    ["aloud.cli", "aloud.server"],
+    ["aloud.cli"],
+    ["aloud.server"],
     ["aloud.benchmarks"],
     ["aloud.live"],
     ["aloud.api", "aloud.session"],

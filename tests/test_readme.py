@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
+import socket
+import subprocess
+import sys
 import textwrap
+import time
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -37,7 +43,7 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write_random(tmp_path / "noise", "small", seed=0, dtype="float32")
     soundfile.write(tmp_path / "me.wav", 0.1 * np.sin(np.arange(24_000) / 20), 24_000)
     monkeypatch.chdir(tmp_path)
-    code, live = blocks("python")
+    code, live, _ = blocks("python")
     assert '"sesame/csm-1b"' in code
     assert "seed=7" in code
     code = code.replace("sesame/csm-1b", str(tmp_path / "noise")).replace("seed=7", "seed=7, max_seconds=0.4")
@@ -62,6 +68,45 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(played) > 2
     assert {len(samples) for samples in played} == {1920}
     assert len(answer.samples) <= 5 * 1920
+
+
+def test_the_server_serves(tmp_path: Path) -> None:
+    """As written, but for the model, the port and the length."""
+    write_random(tmp_path / "noise", "small", seed=0, dtype="float32")
+    (serving,) = [block for block in blocks("sh") if "aloud serve" in block]
+    serve, curl = serving.splitlines()
+    *_, client = blocks("python")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = shlex.split(serve.replace("sesame/csm-1b", str(tmp_path / "noise")))[1:]
+    command = [sys.executable, "-m", "aloud.cli", *arguments, "--port", str(port)]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health/ready")
+        there = curl.replace("8000", str(port)).replace('"nova"', '"nova", "max_seconds": 0.8')
+        subprocess.run(["bash", "-c", there], cwd=tmp_path, check=True, capture_output=True)
+        assert 0 < soundfile.info(tmp_path / "hello.mp3").frames
+        (tmp_path / "hello.mp3").unlink()
+        here = client.replace("8000", str(port)).replace(
+            'input="Hello."', 'input="Hello.", extra_body={"max_seconds": 0.8}'
+        )
+        subprocess.run([sys.executable, "-c", here], cwd=tmp_path, check=True)
+        assert 0 < soundfile.info(tmp_path / "hello.mp3").frames
+    finally:
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+
+
+def wait_for(address: str) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"{address} did not answer")
 
 
 def test_the_guards_numbers_are_the_defaults() -> None:

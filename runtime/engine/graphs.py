@@ -241,9 +241,13 @@ class GraphSteps(Generic[State]):
                 step()
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            # Not `torch.cuda.graph`, which collects garbage and waits for the whole device each time. Other threads may
+            # allocate meanwhile.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
                 result = step()
+            finally:
+                graph.capture_end()
         return graph, result
 
 

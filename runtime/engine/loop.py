@@ -133,14 +133,24 @@ class Loop:
         return spoken
 
     def wait(self, stream: Stream) -> None:
-        """Return when a stream has a frame or is over; meanwhile, drive if nobody else does. Raises `DeviceStuck`."""
+        """Return when a stream has a frame or is over; meanwhile, drive if nobody else does.
+
+        Raises `DeviceStuck`, and `Overloaded` when all slots have streams whose frames nobody takes.
+        """
         while not stream.frames and not stream.is_over:
             self.check_stuck()
             with self._drive(wait=True) as driving:
                 # What was awaited may have come while this thread waited to drive.
                 pause = self.step() if driving and not (stream.frames or stream.is_over) else 0.0
-            if pause != 0.0 and not (stream.frames or stream.is_over):
-                self.sleep(pause)
+            if pause == 0.0:
+                continue
+            longest = self.stuck_after_seconds if pause is None else pause
+            if not self.sleep(longest, lambda: bool(stream.frames) or stream.is_over) and pause is None:
+                raise Overloaded(
+                    f"All {self.slots} slots have streams whose frames nobody takes. Take them, close those streams, "
+                    "or load with a larger max_streams.",
+                    retry_after_seconds=longest,
+                )
 
     def take(self, stream: Stream) -> Spoken | None:
         """A stream's next frame, if there is one, without waiting."""
@@ -161,7 +171,7 @@ class Loop:
                         pause = FAULT_PAUSE_SECONDS
                     self.wake()
                     if pause != 0.0:
-                        self.sleep(pause, until)
+                        self.sleep(pause, until.is_set)
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call a function, which must not wait, from the driving thread after each step."""
@@ -190,13 +200,12 @@ class Loop:
         with self._changed:
             self._changed.notify_all()
 
-    def sleep(self, seconds: float | None, until: threading.Event | None = None) -> None:
-        """Wait for something to change, at most for some seconds, and not once `until` is set."""
+    def sleep(self, seconds: float | None, unless: Callable[[], bool]) -> bool:
+        """Wait for something to change, unless something has -> whether it has, within so many seconds."""
         with self._changed:
-            if self._inbox or (until is not None and until.is_set()):
-                return
-            if not any(_has_room(stream) for stream in self._held):
-                self._changed.wait(seconds)
+            if self._inbox or unless() or any(_has_room(stream) for stream in self._held):
+                return True
+            return self._changed.wait(seconds)
 
     @property
     def is_idle(self) -> bool:
@@ -511,6 +520,7 @@ class Loop:
         """Free the slot of a stream that is over."""
         slot, stream.slot = stream.slot, -1
         if slot >= 0:
+            stream.lateness_seconds = self.scheduler.lateness(slot)
             self.scheduler.stop(slot)
             self._streams[slot] = None
             self._free.append(slot)

@@ -67,6 +67,7 @@ class Stream:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.prefix: Prefix | None = None
+        self.lateness_seconds = 0.0  # the most that a frame was late for playing in real time, once it is over
         self.slot = -1  # while it has one
         self.read_positions = 0  # of the prompt
         self.cancelled = False

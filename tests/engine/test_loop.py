@@ -12,7 +12,7 @@ from aloud.engine.loop import Loop
 from aloud.engine.slots import allocate_slots
 from aloud.engine.steps import EagerSteps
 from aloud.engine.stream import Job, Spoken, Stream
-from aloud.errors import LogitsNotFinite, StepFailed
+from aloud.errors import LogitsNotFinite, Overloaded, StepFailed
 from aloud.request import Guards, Prompt, Sampling
 from scripted import CODEBOOKS, FRAME_RATE, NOT_FINITE, Frame, ScriptedModel, State, said
 
@@ -237,6 +237,16 @@ def test_a_stream_that_nobody_takes_from_holds_back_itself_alone() -> None:
     assert len(idle.frames) == 64
     assert len(all_of(loop, idle)) == 200
     assert [stream.frames for stream in model.started] == [200, 200]
+
+
+def test_waiting_for_a_slot_that_nobody_will_free_is_an_error() -> None:
+    loop = loop_of(ScriptedModel(), slots=1)
+    loop.stuck_after_seconds = 0.1
+    untaken, waiting = loop.submit(job(1, max_frames=200)), loop.submit(job(2, max_frames=200))
+    with pytest.raises(Overloaded, match=r"All 1 slots have streams whose frames nobody takes\. Take them, close"):
+        loop.next(waiting)
+    loop.cancel(untaken)
+    assert next_code(loop, waiting) == 1
 
 
 def test_threads_that_wait_together_each_get_their_own() -> None:

@@ -1,0 +1,1 @@
+"""The speech server: HTTP over an engine that knows nothing of HTTP."""

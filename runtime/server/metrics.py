@@ -1,0 +1,69 @@
+"""What is counted, for Prometheus; names and meanings follow those that speech servers use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from aloud.live import Engine
+
+FIRST_AUDIO_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+FACTOR_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 1, 1.5, 3, 10)
+
+
+class Metrics:
+    """Of one server, in a registry of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "aloud_requests", "Requests for speech by how they ended.", ["outcome"], registry=self._registry
+        )
+        self.first_audio = Histogram(
+            "aloud_time_to_first_audio_seconds",
+            "From the request to its first audio.",
+            buckets=FIRST_AUDIO_BUCKETS,
+            registry=self._registry,
+        )
+        self.real_time_factor = Histogram(
+            "aloud_real_time_factor",
+            "Seconds taken for a second of audio.",
+            buckets=FACTOR_BUCKETS,
+            registry=self._registry,
+        )
+        self.audio_seconds = Counter("aloud_audio_seconds", "Audio that was made.", registry=self._registry)
+        self.underrun_seconds = Counter(
+            "aloud_audio_underrun_seconds",
+            "How long players that began with the first audio had none left.",
+            registry=self._registry,
+        )
+        self._registry.register(_EngineCollector(engine))
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector:
+    """The engine's own numbers, as they are when they are asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Each number as a gauge."""
+        stats = self._engine.stats()
+        for name, what, value in (
+            ("aloud_streams_running", "Streams that have a slot.", stats.slots_used),
+            ("aloud_streams_waiting", "Streams that wait for a slot.", stats.streams_waiting),
+            ("aloud_slots", "Slots.", stats.slots),
+            ("aloud_frames_per_second", "Frames a second, over ten seconds.", stats.frames_per_second),
+            ("aloud_rows_per_step", "Streams a step, since the start.", stats.rows_per_step),
+            ("aloud_late_frames", "Frames later than real time, since the start.", stats.late_frames),
+            ("aloud_lateness_p99_seconds", "Lateness that 1 in 100 frames exceeds.", stats.lateness_p99_seconds),
+            ("aloud_prefix_hits", "Streams that began behind a cached prefix.", stats.prefix_hits),
+            ("aloud_step_running_seconds", "How long the present step has taken.", stats.stuck_seconds),
+        ):
+            yield GaugeMetricFamily(name, what, value)

@@ -1,0 +1,43 @@
+"""What a server is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+OPENAI_VOICES = (
+    "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
+)  # fmt: skip
+"""Names that OpenAI's clients send, some of which send no other."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for and how long it may take."""
+
+    body_bytes: int = 30_000_000
+    text_characters: int = 20_000
+    sample_seconds: float = 60.0  # of a voice's sample or a turn's audio
+    voices: int = 100  # that one key may keep
+    sessions: int = 100  # that one key may have at once
+    session_seconds: float = 900.0  # without a request, after which a session is forgotten
+    read_seconds: float = 30.0  # between two parts of a request's body
+    write_seconds: float = 30.0  # that a client may take to read what is sent
+    lead_seconds: float = 10.0  # that a response may run ahead of being played
+    cached_voices: int = 256  # that stay read, of all keys
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server's name for its model, its keys, its voices and its limits."""
+
+    model: str
+    keys: tuple[str, ...] = ()  # none: everybody may come
+    voices: Path | None = None  # folder; None: voices are kept in memory alone
+    aliases: dict[str, str | int] = field(default_factory=lambda: default_aliases())
+    limits: Limits = field(default_factory=Limits)
+
+
+def default_aliases() -> dict[str, str | int]:
+    """OpenAI's voice names as speakers of the model; another alias may name a registered voice."""
+    return {name: number for number, name in enumerate(OPENAI_VOICES)}

@@ -1,0 +1,148 @@
+"""The registry of voices: a folder for each, with its sample, transcript, consent and digest; and which stay read.
+
+    FOLDER/public/NAME/ or FOLDER/OWNER/NAME/:  sample.wav  voice.json
+
+A voice belongs to the key that made it and is seen by no other; those in `public`, which the operator puts there, are
+everybody's. Names are never paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from aloud.api import Runtime
+from aloud.audio import Audio, read_audio
+from aloud.request import Segment
+from aloud.server.problems import Problem
+from aloud.server.settings import Settings
+from aloud.voice import Voice
+
+NAME = re.compile(r"[a-z0-9_-]{1,64}")
+PUBLIC = "public"
+SAMPLE, RECORD = "sample.wav", "voice.json"
+
+
+@dataclass(frozen=True)
+class VoiceRecord:
+    """What is kept of a voice beside its sample."""
+
+    name: str
+    text: str  # what is said in the sample
+    consent: str  # how the speaker agreed
+    sha256: str  # of the sample file
+    seconds: float
+    created: int  # seconds since 1970
+
+
+class Registry:
+    """All voices. Every method may be called from any thread; those that read or write files block."""
+
+    def __init__(self, runtime: Runtime, settings: Settings) -> None:
+        self._runtime = runtime
+        self._settings = settings
+        self._temporary = tempfile.TemporaryDirectory(prefix="aloud-voices-") if settings.voices is None else None
+        self._folder = Path(self._temporary.name) if self._temporary else settings.voices
+        self._lock = threading.RLock()
+        self._read: OrderedDict[tuple[str, str, str], Voice] = OrderedDict()  # by owner, name and digest
+
+    def names(self, owner: str) -> list[VoiceRecord]:
+        """The voices that an owner can use."""
+        found = {}
+        for place in (PUBLIC, owner):
+            folder = self._place(place)
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                record = self._record(place, path.name)
+                if record is not None:
+                    found[record.name] = record
+        return list(found.values())
+
+    def add(self, owner: str, name: str, samples: np.ndarray, text: str, consent: str) -> VoiceRecord:
+        """Keep a new voice."""
+        check_name(name)
+        if name in self._settings.aliases:
+            raise Problem(409, f"{name!r} is a name that stands for another voice. Choose another.", "name_taken")
+        with self._lock:
+            folder = self._place(owner)
+            if (folder / name).exists():
+                raise Problem(409, f"There is a voice {name!r} already. Delete it first.", "name_taken")
+            if folder.is_dir() and len(list(folder.iterdir())) >= self._settings.limits.voices:
+                raise Problem(409, f"There are {self._settings.limits.voices} voices already.", "too_many_voices")
+            folder.mkdir(parents=True, exist_ok=True)
+            building = Path(tempfile.mkdtemp(prefix=".", dir=folder))
+            try:
+                Audio(samples, self._runtime.sample_rate).save(building / SAMPLE)
+                digest = hashlib.sha256((building / SAMPLE).read_bytes()).hexdigest()
+                seconds = round(len(samples) / self._runtime.sample_rate, 3)
+                record = VoiceRecord(name, text, consent, digest, seconds, int(time.time()))
+                (building / RECORD).write_text(json.dumps(asdict(record), ensure_ascii=False))
+                building.rename(folder / name)
+            except BaseException:
+                shutil.rmtree(building, ignore_errors=True)
+                raise
+        return record
+
+    def delete(self, owner: str, name: str) -> None:
+        """Forget a voice of an owner's."""
+        check_name(name)
+        with self._lock:
+            if self._record(owner, name) is None:
+                raise _unknown(name)
+            shutil.rmtree(self._place(owner) / name)
+            for key in [key for key in self._read if key[:2] == (owner, name)]:
+                del self._read[key]
+
+    def voice(self, owner: str, name: str) -> tuple[Voice | None, int]:
+        """What to speak with: a voice that has been read, or none, and the speaker's number."""
+        target = self._settings.aliases.get(name, name)
+        if isinstance(target, int):
+            return None, target
+        check_name(target)
+        place = owner
+        record = self._record(owner, target)
+        if record is None:
+            place, record = PUBLIC, self._record(PUBLIC, target)
+        if record is None:
+            raise _unknown(name)
+        key = (place, target, record.sha256)
+        with self._lock:
+            if key not in self._read:
+                samples = read_audio(self._place(place) / target / SAMPLE, sample_rate=self._runtime.sample_rate)
+                self._read[key] = self._runtime.voice([Segment(record.text, samples, speaker=0)])
+            self._read.move_to_end(key)
+            while len(self._read) > self._settings.limits.cached_voices:
+                self._read.popitem(last=False)
+            return self._read[key], 0
+
+    def _place(self, owner: str) -> Path:
+        assert self._folder is not None
+        return self._folder / owner
+
+    def _record(self, owner: str, name: str) -> VoiceRecord | None:
+        if NAME.fullmatch(name) is None:
+            return None
+        try:
+            return VoiceRecord(**json.loads((self._place(owner) / name / RECORD).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def check_name(name: str) -> None:
+    """Raise a `Problem` for what cannot be a voice's name."""
+    if NAME.fullmatch(name) is None:
+        raise Problem(400, "A voice's name is 1 to 64 of a-z, 0-9, _ and -.", "invalid_name", "name")
+
+
+def _unknown(name: str) -> Problem:
+    shown = name if NAME.fullmatch(name) else "of that name"
+    return Problem(404, f"There is no voice {shown}. GET /v1/audio/voices lists them.", "voice_not_found", "voice")
