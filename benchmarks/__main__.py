@@ -6,16 +6,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import aot, kernels, load
+from . import all_suites, aot, frame, host, kernels, load, mechanics, peers, serving
+
+SUITES = {
+    "aot": aot,
+    "mechanics": mechanics,
+    "kernels": kernels,
+    "load": load,
+    "frame": frame,
+    "host": host,
+    "serving": serving,
+    "peers": peers,
+    "all": all_suites,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one suite -> exit status: 0, or 1 when a bound that the suite checks is broken."""
     parser = argparse.ArgumentParser(prog="aloud bench", description=__doc__)
     suites = parser.add_subparsers(required=True, metavar="SUITE")
-    aot.add_arguments(suites.add_parser("aot", help=aot.__doc__.splitlines()[0]))
-    kernels.add_arguments(suites.add_parser("kernels", help=kernels.__doc__.splitlines()[0]))
-    load.add_arguments(suites.add_parser("load", help=load.__doc__))
+    for name, suite in SUITES.items():
+        suite.add_arguments(suites.add_parser(name, help=(suite.__doc__ or "").splitlines()[0]))
     parsed = parser.parse_args(arguments)
     status: int = parsed.run(parsed)
     return status

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def start_here(folder: str, device: str, dtype: str, *, warm: bool) -> dict[str,
         runtime.warm(mark)
     mark("end")
     stages: dict[str, float] = {}
-    for (name, begin), (_, end) in zip(marks, marks[1:], strict=False):
+    for (name, begin), (_, end) in pairwise(marks):
         stage = next((stage for stage, beginnings in STAGES if name.startswith(beginnings)), name)
         stages[stage] = stages.get(stage, 0.0) + end - begin
     return {

@@ -32,8 +32,9 @@ import torch
 from aloud import Request, Runtime
 from aloud.engine.graphs import GraphSteps
 from aloud.engine.loop import Loop
-from aloud.engine.steps import Steps
+from aloud.engine.steps import EagerSteps, Steps
 from aloud.engine.stream import Stream
+from aloud.errors import Overloaded
 from aloud.voice import Voice
 
 from . import workload
@@ -41,12 +42,12 @@ from .measure import circumstances
 from .report import Column, emit, plot_lines, print_table
 
 LEAD_SECONDS = 0.4
-START_SECONDS = 60.0
+START_SECONDS = 20.0
 """The longest to wait until all streams speak."""
 LETTERS = (60.0, 0.7, 8, 400)
 """Lengths of texts: median and sigma of their lognormal distribution, least and most."""
 SECONDS_PER_LETTER = 0.065
-WORDS = "one voice among many that speak at the same time of their own things and do not wait for each other ".split()
+WORDS = "one voice among many that speak at the same time of their own things and do not wait for each other "
 
 HELD_COLUMNS = (
     Column("streams"),
@@ -65,6 +66,7 @@ HELD_COLUMNS = (
 ARRIVAL_COLUMNS = (
     Column("rate", "1/s", "g"),
     Column("requests"),
+    Column("refused"),
     Column("speech_seconds", "s", ".1f"),
     Column("p50_ms", "ms", ".1f"),
     Column("p95_ms", "ms", ".1f"),
@@ -108,19 +110,256 @@ def run(parsed: argparse.Namespace) -> int:
 def measure(folder: Path, parsed: argparse.Namespace) -> int:
     """The suite on a checkpoint's folder."""
     device = torch.device(parsed.device)
-    arrivals = {rate: poisson(rate, parsed.seconds, parsed.seed) for rate in parsed.rates}
-    # Of requests, as many as are expected at once at the highest rate, and as many again.
-    expected = max(parsed.rates, default=0.0) * float(np.mean(letters(1000, parsed.seed))) * SECONDS_PER_LETTER
-    slots = max(4, *parsed.streams, int(2 * expected))
-    frames = int((parsed.seconds + LEAD_SECONDS) * 12.5) + 1
-    spoken = int(LETTERS[3] * SECONDS_PER_LETTER * 12.5)
-    positions = max(parsed.context + 8 * frames, parsed.voice + int(LETTERS[3]) + 16 + spoken)
-    runtime = Runtime.load(folder, device=device, dtype=parsed.dtype, max_streams=slots)
+    # Slots: of requests, twice as many as are expected at once at the highest rate.
+    expected = max(parsed.rates, default=0.0) * float(letters(1000, parsed.seed).mean()) * SECONDS_PER_LETTER
+    held_positions = parsed.context + ramp_frames(parsed.seconds)
+    asked_positions = parsed.voice + LETTERS[3] + 16 + speech_frames(LETTERS[3])
     runtime = Runtime.load(
         folder,
         device=device,
         dtype=parsed.dtype,
-        max_streams=slots,
-        max_positions=min(positions, runtime.max_positions),
+        max_streams=max(4, *parsed.streams, int(2 * expected)),
+        max_positions=max(held_positions if parsed.streams else 1, asked_positions if parsed.rates else 1),
     )
+    about = circumstances(device)
+    print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
+    print("warming", file=sys.stderr)
+    runtime.warm()
+    _, steps = runtime._running()
+
+    held = []
+    for streams in sorted(set(parsed.streams)):
+        print(f"measuring {streams} streams", file=sys.stderr)
+        held.append(hold(runtime, steps, streams, parsed.context, parsed.seconds))
+    kept = most_held(held)
+    if held:
+        print(f"{parsed.dtype}, {parsed.context} positions of context, {parsed.seconds:g} s; no frame late: {kept}")
+        print_table(HELD_COLUMNS, held)
+        for result in held:
+            if result["error"] is not None:
+                print(f"{result['streams']} streams: {result['error']}", file=sys.stderr)
+    arrivals = []
+    voice = runtime.voice([workload.voice_segment(runtime, parsed.voice, parsed.seed)]) if parsed.rates else None
+    for rate in sorted(set(parsed.rates)):
+        assert voice is not None
+        print(f"measuring {rate:g} requests a second", file=sys.stderr)
+        arrivals.append(serve_arrivals(runtime, steps, voice, rate, parsed.seconds, parsed.seed))
+    if arrivals:
+        print(f"first audio under Poisson arrivals, behind a cached voice of {parsed.voice} positions")
+        print_table(ARRIVAL_COLUMNS, arrivals)
+    if parsed.plot is not None and arrivals:
+        heard = [row for row in arrivals if row["p50_ms"] is not None]
+        series = {name: [(row["rate"], row[f"{name}_ms"]) for row in heard] for name in ("p50", "p99")}
+        title = f"First audio, {parsed.dtype}, {about['device']}; {kept} real-time streams held"
+        plot_lines(parsed.plot, title, "requests a second", "ms", series)
+    document = {
+        "suite": "serving",
+        "about": about,
+        "model": parsed.size if parsed.model is None else str(parsed.model),
+        "dtype": parsed.dtype,
+        "context": parsed.context,
+        "voice": parsed.voice,
+        "seconds": parsed.seconds,
+        "seed": parsed.seed,
+        "slots": runtime_slots(steps),
+        "most_held": kept,
+        "held": held,
+        "arrivals": arrivals,
+    }
+    emit(document, parsed.json)
     return 0
+
+
+def runtime_slots(steps: Steps) -> int:
+    """How many streams there is room for."""
+    assert isinstance(steps, (EagerSteps, GraphSteps))
+    return steps._slots.count
+
+
+def new_loop(runtime: Runtime, steps: Steps) -> Loop:
+    """A loop of its own, so with statistics of its own, that knows what the captured steps cost."""
+    loop = Loop(steps, runtime_slots(steps), runtime.frame_rate)
+    if isinstance(steps, GraphSteps):
+        costs = steps.capture()
+        for rows, seconds in costs.frame_seconds.items():
+            loop.scheduler.observe_frame(rows, seconds)
+        for positions, seconds in costs.prefill_seconds.items():
+            loop.scheduler.observe_prefill(positions, seconds)
+    return loop
+
+
+@dataclass
+class Driver:
+    """A loop, those who take from its streams, and what its ticks were."""
+
+    loop: Loop
+    ticks: int = 0  # that handed out frames
+    frames: int = 0
+    busy_seconds: float = 0.0
+
+    def tick(self, streams: Sequence[Stream], *, most_seconds: float) -> None:
+        """One tick; then take everything, and sleep if there is nothing to do, for `most_seconds` at most."""
+        begin = time.monotonic()
+        pause = self.loop.step()
+        taken = workload.take_all(self.loop, streams)
+        self.busy_seconds += time.monotonic() - begin
+        self.ticks += taken > 0
+        self.frames += taken
+        pause = most_seconds if pause is None else min(pause, most_seconds)
+        if pause > 0:
+            time.sleep(pause)
+
+
+# --- how many are held ------------------------------------------------------------------------------------------------
+
+
+def ramp_frames(seconds: float) -> int:
+    """Frames that a stream makes that begins with the first, may have to wait for the last, and plays for so long."""
+    return int((START_SECONDS + seconds + LEAD_SECONDS) * 12.5) + workload.MARGIN_FRAMES
+
+
+def hold(runtime: Runtime, steps: Steps, count: int, context: int, seconds: float) -> dict[str, Any]:
+    """Play `count` streams in real time."""
+    driver = Driver(new_loop(runtime, steps))
+    prefix = workload.noise_prefix(runtime._model, context - 1, seed=0)
+    streams = [
+        driver.loop.submit(
+            workload.noise_job(
+                runtime._model, runtime.sampling, prefix, ramp_frames(seconds), seed, lead_seconds=LEAD_SECONDS
+            )
+        )
+        for seed in range(count)
+    ]
+    begin = time.monotonic()
+    try:
+        workload.run_until_all_speak(driver.loop, streams, limit_seconds=START_SECONDS)
+    except TimeoutError as error:
+        workload.stop_all(driver.loop, streams)
+        return {"streams": count, "held": "no", "late_frames": None, "error": str(error)}
+    started = time.monotonic()
+    at_start = driver.loop.scheduler.statistics()
+    while time.monotonic() < started + seconds:
+        driver.tick(streams, most_seconds=0.02)
+    elapsed = time.monotonic() - started
+    statistics = driver.loop.scheduler.statistics()
+    workload.stop_all(driver.loop, streams)
+    return {
+        "streams": count,
+        "error": None,
+        "held": "yes" if statistics.late_frames == 0 else "no",
+        "frames": statistics.realtime_frames,
+        "late_frames": statistics.late_frames,
+        "late_at_start": at_start.late_frames,
+        "late_p50_ms": statistics.lateness_p50 * 1e3,
+        "late_p99_ms": statistics.lateness_p99 * 1e3,
+        "late_max_ms": statistics.lateness_max * 1e3,
+        "frames_per_second": driver.frames / elapsed,
+        "rows_a_tick": driver.frames / max(driver.ticks, 1),
+        "tick_ms": driver.busy_seconds / max(driver.ticks, 1) * 1e3,
+        "busy": driver.busy_seconds / elapsed,
+        "start_seconds": started - begin,
+    }
+
+
+def most_held(held: Sequence[dict[str, Any]]) -> int:
+    """The most streams of an ascending ramp with no late frame, nor at any step before; 0 if there are none."""
+    most = 0
+    for result in held:
+        if result["held"] == "no":
+            break
+        most = int(result["streams"])
+    return most
+
+
+# --- first audio under load -------------------------------------------------------------------------------------------
+
+
+def poisson(rate: float, seconds: float, seed: int) -> list[float]:
+    """Times of arrivals within `seconds`, at least one."""
+    generator = np.random.default_rng([seed, 1])
+    times = np.cumsum(generator.exponential(1 / rate, int(rate * seconds + 8 * (rate * seconds) ** 0.5 + 8)))
+    return [float(time) for time in times[times < seconds]] or [0.0]
+
+
+def letters(count: int, seed: int) -> np.ndarray:
+    """Lengths of texts -> int64 [count]."""
+    median, sigma, least, most = LETTERS
+    lengths = np.random.default_rng([seed, 2]).lognormal(np.log(median), sigma, count)
+    return np.clip(lengths, least, most).astype(np.int64)
+
+
+def text_of(length: int) -> str:
+    """A text of so many letters."""
+    return (WORDS * (length // len(WORDS) + 1))[:length]
+
+
+def speech_frames(length: int) -> int:
+    """Frames of a speech that says so many letters."""
+    return max(1, round(length * SECONDS_PER_LETTER * 12.5))
+
+
+@dataclass
+class Asked:
+    """A request among others."""
+
+    at: float  # when it was due to arrive
+    stream: Stream
+    first_audio_seconds: float | None = None
+
+
+def serve_arrivals(
+    runtime: Runtime, steps: Steps, voice: Voice, rate: float, seconds: float, seed: int
+) -> dict[str, Any]:
+    """Serve requests that come at random for `seconds`, until the last of them has been heard."""
+    loop = new_loop(runtime, steps)
+    times = poisson(rate, seconds, seed)
+    lengths = letters(len(times), seed)
+    begin = time.monotonic()
+    waiting = deque((begin + at, int(length)) for at, length in zip(times, lengths, strict=True))
+    asked: list[Asked] = []
+    running: list[Asked] = []
+    most = ticks = frames = refused = 0
+    while waiting or any(one.first_audio_seconds is None for one in running):
+        while waiting and waiting[0][0] <= time.monotonic():
+            at, length = waiting.popleft()
+            request = Request(
+                text_of(length), seed=len(asked), max_seconds=speech_frames(length) / runtime.frame_rate, voice=voice
+            )
+            job = dataclasses.replace(runtime._prepare([request])[0], lead_seconds=LEAD_SECONDS)
+            running.append(Asked(at, loop.submit(job, is_refusable=True)))
+            asked.append(running[-1])
+        most = max(most, len(running))
+        pause = loop.step()
+        refused += sum(isinstance(one.stream.error, Overloaded) for one in running)
+        running = [one for one in running if not isinstance(one.stream.error, Overloaded)]
+        # The new ones first: they are whom a listener waits for.
+        taken = 0
+        for one in running:
+            if one.first_audio_seconds is None and one.stream.frames:
+                taken += workload.take_all(loop, [one.stream])
+                one.first_audio_seconds = time.monotonic() - one.at
+        taken += workload.take_all(loop, [one.stream for one in running])
+        ticks, frames = ticks + (taken > 0), frames + taken
+        running = [one for one in running if not one.stream.is_over]
+        if pause != 0.0:
+            until = waiting[0][0] - time.monotonic() if waiting else 0.02
+            time.sleep(max(0.0, min(0.02, until, 0.02 if pause is None else pause)))
+    statistics = loop.scheduler.statistics()
+    workload.stop_all(loop, [one.stream for one in running])
+    heard = [one.first_audio_seconds for one in asked if one.first_audio_seconds is not None]
+    names = ("p50_ms", "p95_ms", "p99_ms", "max_ms")
+    shares: list[float | None] = [None] * len(names)
+    if heard:
+        shares = [1e3 * float(value) for value in np.percentile(heard, [50, 95, 99, 100], method="inverted_cdf")]
+    return {
+        "rate": rate,
+        "requests": len(asked),
+        "refused": refused,
+        "speech_seconds": float(np.mean([speech_frames(int(length)) for length in lengths])) / runtime.frame_rate,
+        **dict(zip(names, shares, strict=True)),
+        "most_streams": most,
+        "late_frames": statistics.late_frames,
+        "late_max_ms": statistics.lateness_max * 1e3,
+        "frames": statistics.realtime_frames,
+        "rows_a_tick": frames / max(ticks, 1),
+    }

@@ -12,6 +12,8 @@ import torch
 
 # Some virtual machines advertise AMX and then end the process at its first instruction; bfloat16 products meet it.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+# Without it, cuBLAS refuses to run under deterministic algorithms, which are asked for below.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined, so it is set before any is imported: kernels run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -47,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu") is not None:  # not the keyword, which the folder's name is too
             item.add_marker(skip)
 
 

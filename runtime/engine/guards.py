@@ -31,8 +31,9 @@ def silence_power(guards: Guards) -> float:
 
 
 REASONS = (None, "silence", "repeat", "text_length")
-"""What `Watches.see` answers with is an index of these."""
+"""What `Watches.see` answers with is an index of these; where several are true, it is the first."""
 NEVER = 2**62
+NO_CODE = -2
 
 
 class Watches:
@@ -42,17 +43,19 @@ class Watches:
         """For streams in slots 0 to `slots` - 1."""
         self._frame_rate_hz = frame_rate_hz
         self._silence_power = np.zeros(slots)
-        self._silence_limit, self._repeat_limit, self._text_limit = (np.full(slots, NEVER) for _ in range(3))
-        self._spoken, self._silent, self._repeated = (np.zeros(slots, np.int64) for _ in range(3))
+        # Rows: frames of silence until now, the same frame until now, all frames; one guard each, as in REASONS.
+        self._counts = np.zeros((3, slots), np.int64)
+        self._limits = np.full((3, slots), NEVER)
         self._last: np.ndarray | None = None  # int64 [slots, codebooks], once it is known how many
 
     def start(self, slot: int, guards: Guards, text_limit: int | None) -> None:
         """Watch a new stream; `text_limit` in frames, of `text_limit_frames`."""
         self._silence_power[slot] = silence_power(guards)
-        self._silence_limit[slot] = _frames(guards.silence_seconds, self._frame_rate_hz)
-        self._repeat_limit[slot] = _frames(guards.repeat_seconds, self._frame_rate_hz)
-        self._text_limit[slot] = NEVER if text_limit is None else text_limit
-        self._spoken[slot] = self._silent[slot] = self._repeated[slot] = 0
+        silence, repeat = (_frames(s, self._frame_rate_hz) for s in (guards.silence_seconds, guards.repeat_seconds))
+        self._limits[:, slot] = silence, repeat, NEVER if text_limit is None else text_limit
+        self._counts[:, slot] = 0
+        if self._last is not None:
+            self._last[slot] = NO_CODE
 
     def see(self, slots: np.ndarray, codes: np.ndarray, power: np.ndarray) -> np.ndarray:
         """Take in a frame of each stream in slots int64 [rows]: codes int64 [rows, codebooks], power float32 [rows].
@@ -60,16 +63,18 @@ class Watches:
         -> [rows] of indexes into `REASONS`: the guard that stops the stream
         """
         if self._last is None:
-            self._last = np.zeros((len(self._spoken), codes.shape[1]), np.int64)
-        same = (codes == self._last[slots]).all(axis=1) & (self._spoken[slots] > 0)
+            self._last = np.full((self._counts.shape[1], codes.shape[1]), NO_CODE)
+        is_same = (codes == self._last[slots]).all(axis=1)
         self._last[slots] = codes
-        self._spoken[slots] += 1
-        self._silent[slots] = np.where(power < self._silence_power[slots], self._silent[slots] + 1, 0)
-        self._repeated[slots] = np.where(same, self._repeated[slots] + 1, 1)
-        reasons = np.where(self._spoken[slots] >= self._text_limit[slots], 3, 0)
-        reasons[self._repeated[slots] >= self._repeat_limit[slots]] = 2
-        reasons[self._silent[slots] >= self._silence_limit[slots]] = 1
-        return reasons
+        counts = self._counts[:, slots]
+        counts += 1
+        counts[0] *= power < self._silence_power[slots]
+        counts[1][~is_same] = 1
+        self._counts[:, slots] = counts
+        stops = counts >= self._limits[:, slots]
+        if not stops.any():
+            return np.zeros(len(slots), np.int64)
+        return np.where(stops.any(axis=0), stops.argmax(axis=0) + 1, 0)
 
 
 def _frames(seconds: float | None, frame_rate_hz: float) -> int:

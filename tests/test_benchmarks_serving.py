@@ -1,0 +1,223 @@
+"""The suites of serving and of the host: they drive the real loop; what does not depend on the machine is asserted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aloud import Runtime
+from aloud.benchmarks import __main__ as command
+from aloud.benchmarks import all_suites, host, serving, summary
+from aloud.checkpoint.random import write_random
+
+
+def run(suite, *arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    suite.add_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    status: int = parsed.run(parsed)
+    return status
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_random(folder, "small", seed=5, dtype="float32")
+    return folder
+
+
+def short(checkpoint: Path, *more: str) -> list[str]:
+    given = ["--model", str(checkpoint), "--device", "cpu", "--dtype", "float32", "--context", "20", "--voice", "60"]
+    return [*given, "--seconds", "0.5", *more]
+
+
+# --- serving ----------------------------------------------------------------------------------------------------------
+
+
+def test_report(checkpoint, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    json_path, plot_path = tmp_path / "serving.json", tmp_path / "serving.png"
+    more = ["--streams", "1", "2", "--rates", "8", "--json", str(json_path), "--plot", str(plot_path)]
+    assert run(serving, *short(checkpoint, *more)) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document == json.loads(json_path.read_text())
+    assert plot_path.read_bytes().startswith(b"\x89PNG")
+    assert [result["streams"] for result in document["held"]] == [1, 2]
+    for result in document["held"]:
+        assert result["error"] is None
+        assert (result["held"] == "yes") == (result["late_frames"] == 0)
+        # In real time: what half a second plays, and the lead; not what the machine could make.
+        most = (result["start_seconds"] + 0.5 + serving.LEAD_SECONDS) * 12.5 + 4
+        assert result["streams"] <= result["frames"] <= result["streams"] * most
+        assert 0 < result["rows_a_tick"] <= result["streams"]
+    (arrivals,) = document["arrivals"]
+    assert arrivals["requests"] == len(serving.poisson(8, 0.5, 0)) >= 1
+    if arrivals["refused"] < arrivals["requests"]:
+        assert 0 < arrivals["p50_ms"] <= arrivals["p95_ms"] <= arrivals["p99_ms"] <= arrivals["max_ms"]
+    assert arrivals["frames"] >= arrivals["requests"] - arrivals["refused"]
+
+
+def test_streams_that_do_not_begin_are_not_held(checkpoint, monkeypatch):
+    monkeypatch.setattr(serving, "START_SECONDS", 0.0)
+    runtime = Runtime.load(checkpoint, device="cpu", max_streams=2, max_positions=60)
+    result = serving.hold(runtime, runtime._running()[1], 2, 20, 0.1)
+    assert result["held"] == "no"
+    assert "gave no frame" in result["error"]
+
+
+def test_most_held_ends_at_the_first_that_was_late():
+    def results(*held):
+        return [{"streams": 10 * (i + 1), "held": word} for i, word in enumerate(held)]
+
+    assert serving.most_held(results("yes", "yes", "no", "yes")) == 20
+    assert serving.most_held(results("no", "yes")) == 0
+    assert serving.most_held(results("yes")) == 10
+    assert serving.most_held([]) == 0
+
+
+def test_arrivals_are_a_poisson_process(seed):
+    times = serving.poisson(50.0, 200.0, seed)
+    assert times == serving.poisson(50.0, 200.0, seed)
+    assert times == sorted(times)
+    assert times[-1] < 200
+    assert len(times) == pytest.approx(10_000, abs=5 * 100)  # five standard deviations
+    gaps = np.diff(times)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)
+    assert serving.poisson(1e-6, 1.0, seed) == [0.0]
+
+
+def test_texts_have_lengths_of_their_own(seed):
+    lengths = serving.letters(2000, seed)
+    median, _, least, most = serving.LETTERS
+    assert np.median(lengths) == pytest.approx(median, rel=0.15)
+    assert least <= lengths.min() < lengths.max() <= most
+    for length in (1, 97, 400):
+        assert len(serving.text_of(length)) == length
+    assert serving.speech_frames(60) == round(60 * 0.065 * 12.5)
+
+
+# --- host -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead_seconds", [0.4, None], ids=["real time", "full pace"])
+def test_what_a_step_calls(lead_seconds):
+    """Python calls grow by a few with each stream, and no operation of torch is there."""
+    few, many = (host.count(host.Setting(streams, lead_seconds=lead_seconds)) for streams in (100, 1500))
+    assert few["torch_operations"] == many["torch_operations"] == 0
+    assert (many["calls"] - few["calls"]) / 1400 <= 4
+    assert (many["calls_taking"] - few["calls_taking"]) / 1400 <= 6
+    assert few["calls"] - 4 * 100 <= 150
+
+
+def test_every_stream_is_given_a_frame_in_every_step():
+    for lead_seconds in (0.4, None):
+        setting = host.Setting(7, lead_seconds=lead_seconds)
+        for _ in range(5):
+            setting.loop.step()
+            assert setting.take() == 7
+            setting.tick()
+
+
+def test_operations_are_counted():
+    operations = host._Operations()
+    with operations:
+        torch.ones(3) + 1
+    assert operations.count == 2
+
+
+def test_host_report(tmp_path, capsys):
+    json_path = tmp_path / "host.json"
+    assert run(host, "--streams", "1", "30", "--steps", "5", "--json", str(json_path)) == 0
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert document == json.loads(json_path.read_text())
+    assert [(r["pace"], r["streams"]) for r in document["results"]] == [
+        (pace, streams) for pace in ("real time", "full") for streams in (1, 30)
+    ]
+    assert "for each stream more" in out
+
+
+def test_a_broken_bound_fails_only_a_check(capsys, monkeypatch):
+    monkeypatch.setattr(host, "BOUNDS_US", {3: 0.0})
+    assert run(host, "--streams", "3", "--steps", "2") == 0
+    assert run(host, "--streams", "3", "--steps", "2", "--check") == 1
+    assert "is over the bound of 0 us" in capsys.readouterr().err
+    monkeypatch.setattr(host, "BOUNDS_US", {3: 1e9})
+    assert run(host, "--streams", "3", "--steps", "2", "--check") == 0
+
+
+# --- all --------------------------------------------------------------------------------------------------------------
+
+
+class Stub:
+    """A suite that takes its arguments as it would, and does as it is told."""
+
+    def __init__(self, suite, status):
+        self.suite, self.status, self.asked = suite, status, None
+
+    def add_arguments(self, parser):
+        self.suite.add_arguments(parser)
+        parser.set_defaults(run=self.run)
+
+    def run(self, parsed):
+        self.asked = parsed
+        assert not sys.stdout.isatty()  # libraries ask it
+        print("measured")
+        if self.status is None:
+            raise RuntimeError("broken")
+        return self.status
+
+
+def test_all_suites_are_given_the_same_options(tmp_path, capsys, monkeypatch):
+    stubs = {name: Stub(suite, 0) for name, suite in all_suites.SUITES.items()}
+    monkeypatch.setattr(all_suites, "SUITES", stubs)
+    options = ["--size", "small", "--device", "cpu", "--dtype", "float32", "--context", "30", "--rows", "2"]
+    assert command.main(["all", "--out", str(tmp_path / "out"), *options, "--streams", "3", "--no-compile"]) == 0
+    folders = {stubs[name].asked.model for name in ("frame", "serving", "peers")}
+    assert len(folders) == 1
+    for name in ("frame", "serving", "peers"):
+        assert (stubs[name].asked.device, stubs[name].asked.dtype) == ("cpu", "float32")
+    assert stubs["frame"].asked.context == stubs["serving"].asked.context == 30
+    assert stubs["frame"].asked.rows == stubs["peers"].asked.rows == [2]
+    assert stubs["host"].asked.streams == stubs["serving"].asked.streams == [3]
+    assert stubs["peers"].asked.no_compile
+    for name, stub in stubs.items():
+        assert stub.asked.json == tmp_path / "out" / f"{name}.json"
+        assert stub.asked.plot == tmp_path / "out" / f"{name}.png"
+        assert (tmp_path / "out" / f"{name}.txt").read_text() == "measured\n"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["statuses"] == dict.fromkeys(stubs, 0)
+
+
+def test_a_suite_that_fails_does_not_end_the_others(tmp_path, capsys, monkeypatch):
+    stubs = {"frame": Stub(all_suites.SUITES["frame"], None), "host": Stub(host, 0), "serving": Stub(serving, 1)}
+    monkeypatch.setattr(all_suites, "SUITES", stubs)
+    assert command.main(["all", "--out", str(tmp_path), "--size", "small", "--device", "cpu"]) == 1
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["statuses"] == {"frame": 1, "host": 0, "serving": 1}
+
+
+# --- summary ----------------------------------------------------------------------------------------------------------
+
+
+def test_summary_of_a_folder(tmp_path, capsys):
+    """Of the reports that are there, whole ones; the goals stand beside what they are goals of."""
+    assert list(summary.figures(tmp_path)) == []
+    (tmp_path / "peers.json").write_text('{"half a rep')
+    assert run(host, "--streams", "1", "--steps", "2", "--json", str(tmp_path / "host.json")) == 0
+    serving_report = {"most_held": 1024, "arrivals": [{"rate": 50.0, "p99_ms": 12.5}]}
+    (tmp_path / "serving.json").write_text(json.dumps(serving_report))
+    rows = {row["figure"]: row for row in summary.figures(tmp_path)}
+    assert set(rows) == {
+        "host, 1 streams, real time",
+        "host, 1 streams, full",
+        "real-time streams held",
+        "first audio, p99 at 50/s",
+    }
+    assert (rows["real-time streams held"]["measured"], rows["real-time streams held"]["goal"]) == (1024, ">= 1500")
+    assert rows["host, 1 streams, full"]["goal"] == "<= 100"
