@@ -116,10 +116,18 @@ class Loop:
                 self._take_inbox()
 
     def cancel_all(self) -> None:
-        """End all streams."""
-        for stream in [*self._inbox, *self._waiting, *self._streams]:
-            if stream is not None and not stream.cancelled:
-                self.cancel(stream)
+        """End all streams now, between two ticks. Raises `DeviceStuck`."""
+        while True:
+            with self._drive(wait=True) as driving:
+                if driving:
+                    self._take_inbox()
+                    for stream in [*self._waiting, *self._streams]:
+                        if stream is not None:
+                            stream.cancelled = True
+                            self._inbox.append(stream)
+                    self._take_inbox()
+                    return
+            self.check_stuck()
 
     def next(self, stream: Stream) -> Spoken | None:
         """Wait for a stream's next frame; None when there are no more.
@@ -137,15 +145,19 @@ class Loop:
 
         Raises `DeviceStuck`, and `Overloaded` when all slots have streams whose frames nobody takes.
         """
-        while not stream.frames and not stream.is_over:
+
+        def has_news() -> bool:
+            return bool(stream.frames) or stream.is_over
+
+        while not has_news():
             self.check_stuck()
-            with self._drive(wait=True) as driving:
+            with self._drive(wait=True, unless=has_news) as driving:
                 # What was awaited may have come while this thread waited to drive.
-                pause = self.step() if driving and not (stream.frames or stream.is_over) else 0.0
+                pause = self.step() if driving and not has_news() else 0.0
             if pause == 0.0:
                 continue
             longest = self.stuck_after_seconds if pause is None else pause
-            if not self.sleep(longest, lambda: bool(stream.frames) or stream.is_over) and pause is None:
+            if not self.sleep(longest, has_news) and pause is None:
                 raise Overloaded(
                     f"All {self.slots} slots have streams whose frames nobody takes. Take them, close those streams, "
                     "or load with a larger max_streams.",
@@ -162,7 +174,7 @@ class Loop:
     def run(self, until: threading.Event) -> None:
         """Drive in this thread until an event is set and somebody wakes the loop."""
         while not until.is_set():
-            with self._drive(wait=True) as driving:
+            with self._drive(wait=True, unless=until.is_set) as driving:
                 while driving and not until.is_set():
                     try:
                         pause = self.step()
@@ -228,14 +240,18 @@ class Loop:
         return len(self._streams)
 
     @contextmanager
-    def _drive(self, *, wait: bool) -> Iterator[bool]:
-        """Be the one that drives, or wait until whoever does has finished a tick -> whether this is the one."""
+    def _drive(self, *, wait: bool, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Be the one that drives, or wait until whoever does has finished a tick -> whether this is the one.
+
+        unless: there is nothing to wait for; asked where no news can be missed.
+        """
         with self._changed:
             if self._is_driven:
-                if wait:
-                    self._changed.wait(self.stuck_after_seconds)
-                else:
+                if not wait:
                     self._changed.notify_all()
+                elif not unless():
+                    # Until a step that began earlier is found to be stuck; the millisecond makes that certain.
+                    self._changed.wait(max(0.0, self.stuck_after_seconds - self.stuck_seconds) + 0.001)
                 driving = False
             else:
                 driving = self._is_driven = True
@@ -298,9 +314,10 @@ class Loop:
 
     def _refusal(self, stream: Stream) -> Overloaded | None:
         """Why a new stream cannot run in time, if it cannot."""
-        if len(self._waiting) >= self.max_waiting:
+        without_slot = len(self._waiting) - len(self._free)  # the others get theirs in this tick
+        if without_slot >= self.max_waiting:
             return Overloaded(
-                f"{len(self._waiting)} requests wait for a stream already. Ask again later.", retry_after_seconds=1.0
+                f"{without_slot} requests wait for a stream already. Ask again later.", retry_after_seconds=1.0
             )
         starting = sum(other.job.lead_seconds is not None for other in (*self._waiting, *self._reading))
         after = self.scheduler.retry_after(self._clock(), stream.job.lead_seconds, starting)
@@ -379,7 +396,12 @@ class Loop:
         """Tell the scheduler what prefill passes took; they are over, or are waited for."""
         while self._passes:
             positions, reading = self._passes.popleft()
-            self.scheduler.observe_prefill(positions, reading.seconds())
+            try:
+                seconds = reading.seconds()
+            except Exception:  # only a measurement is lost: a device that has failed says so to the next frame as well
+                logger.exception("A pass over a prompt could not be timed")
+            else:
+                self.scheduler.observe_prefill(positions, seconds)
 
     def _pieces(self, budget: int) -> list[Piece]:
         """The next positions to read, `budget` of them at most, oldest stream first."""
@@ -485,6 +507,8 @@ class Loop:
             self._finish(stream, guard or "length")
 
     def _hold(self, stream: Stream) -> None:
+        if stream.held:  # this frame was in flight when it was held
+            return
         stream.held = True
         self._held.append(stream)
         self.scheduler.hold(stream.slot)
