@@ -11,7 +11,6 @@ sum is rounded to x's dtype, as the references round. How weights stream and how
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from aloud.kernels.check import check
 from aloud.kernels.launch import Launch, capability, require_rows
@@ -28,7 +27,7 @@ from aloud.kernels.product import (
     whole_gain,
 )
 from aloud.kernels.rms_norm import normed, rms_norm_reference
-from aloud.kernels.row_product import row_product
+from aloud.kernels.row_product import row_product, row_silu
 from aloud.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton
 
 
@@ -45,7 +44,7 @@ def norm_linear_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, weigh
 def norm_swiglu_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, gate_up: torch.Tensor) -> torch.Tensor:
     """The definition of `norm_swiglu`."""
     gate, up = row_product(rms_norm_reference(x, gain, eps), gate_up).chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return row_silu(gate) * up
 
 
 @triton.jit

@@ -17,6 +17,16 @@ TOGETHER = 64
 """From this many rows on, all are of one stream: the steps of different streams are made for fewer at a time."""
 
 
+def row_silu(x: torch.Tensor) -> torch.Tensor:
+    """silu of x [rows, columns], each row alone where `row_product` keeps rows apart.
+
+    A library takes the exponential of most elements many at a time and of the last few one by one, with other bits.
+    """
+    if x.is_cuda or x.shape[0] >= TOGETHER or x.shape[0] == 0:
+        return F.silu(x)
+    return torch.stack([F.silu(row) for row in x])
+
+
 def row_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [rows, inputs], weight [outputs, inputs] -> [rows, outputs]."""
     rows = x.shape[0]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from aloud.audio import Audio, read_audio
     from aloud.live import Engine, EngineStats
     from aloud.live_speech import LiveSpeech
-    from aloud.session import Session
+    from aloud.session import Session, SessionStats
     from aloud.speech import SpeechStream
     from aloud.voice import Voice
 
@@ -31,6 +31,7 @@ __all__ = [
     "Score",
     "Segment",
     "Session",
+    "SessionStats",
     "SpeechStream",
     "Voice",
     "errors",
@@ -47,6 +48,7 @@ _LATE = {
     "Runtime": "aloud.api",
     "Score": "aloud.api",
     "Session": "aloud.session",
+    "SessionStats": "aloud.session",
     "SpeechStream": "aloud.speech",
     "Voice": "aloud.voice",
     "read_audio": "aloud.audio",

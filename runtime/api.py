@@ -19,7 +19,7 @@ from aloud.engine.loop import Loop
 from aloud.engine.slots import allocate_slots
 from aloud.engine.steps import EagerSteps
 from aloud.engine.stream import Job, Prefix
-from aloud.errors import CodesInvalid, DeviceInvalid, RequestError
+from aloud.errors import CodesInvalid, DeviceInvalid, EngineClosed, RequestError
 from aloud.models.csm import Csm, CsmConfig, CsmState
 from aloud.models.csm_score import score
 from aloud.prepare import encode, prepare, read_segments
@@ -146,11 +146,12 @@ class Runtime:
         progress("memory of the streams")
         loop, steps = self._running()
         if isinstance(steps, GraphSteps):
-            costs = steps.capture(progress)
-            for rows, seconds in costs.frame_seconds.items():
-                loop.scheduler.observe_frame(rows, seconds)
-            for positions, seconds in costs.prefill_seconds.items():
-                loop.scheduler.observe_prefill(positions, seconds)
+            with loop.standing_still():
+                costs = steps.capture(progress)
+                for rows, seconds in costs.frame_seconds.items():
+                    loop.scheduler.observe_frame(rows, seconds)
+                for positions, seconds in costs.prefill_seconds.items():
+                    loop.scheduler.observe_prefill(positions, seconds)
 
     @property
     def model(self) -> Csm:
@@ -354,7 +355,8 @@ class Runtime:
             loop.next(stream)
         finally:
             loop.cancel(stream)
-        assert stream.prefix is not None
+        if stream.prefix is None:
+            raise EngineClosed("The engine was closed while a voice was read. Make the voice again.")
         return stream.prefix
 
     def _running(self) -> tuple[Loop, EagerSteps[CsmState] | GraphSteps[CsmState]]:

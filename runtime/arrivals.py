@@ -52,7 +52,7 @@ class Arrivals:
 
     def _wake(self) -> None:
         self._is_announced = False
-        for future, stream in self._waiting.items():
+        for future, stream in list(self._waiting.items()):  # a waiter that is collected leaves from any thread
             if _has_news(stream) and not future.done():
                 future.set_result(None)
 
@@ -61,7 +61,7 @@ class Arrivals:
         try:
             self._loop.check_stuck()
         except DeviceStuck as error:
-            for future in self._waiting:
+            for future in list(self._waiting):
                 if not future.done():
                     future.set_exception(error)
 

@@ -17,6 +17,8 @@ from aloud.voice import Voice
 class Conversation:
     """Turns behind a voice. When they no longer fit, the oldest are dropped whole; the voice stays.
 
+    So do turns that were pinned, which give a voice, too.
+
     dropped_turns, rebuilds: how many turns were dropped, and how often the rest had to be read again for it.
     """
 
@@ -26,6 +28,7 @@ class Conversation:
         self._voice = None if voice is None else voice.prefix
         self._cached = self._voice
         self._turns: list[Prompt] = []
+        self._pinned = 0  # turns at the beginning
         self._max_positions = max_positions
         self.dropped_turns = 0
         self.rebuilds = 0
@@ -59,6 +62,14 @@ class Conversation:
         """A turn that was heard."""
         self._turns.append(turn)
 
+    def pin(self) -> None:
+        """Keep the turns that are there now for good."""
+        self._pinned = len(self._turns)
+
+    def take_back(self) -> None:
+        """Forget the turn that was added last, which has not been read."""
+        self._turns.pop()
+
     def add_spoken(self, text: Prompt, codes: torch.Tensor, read: Prefix | None) -> None:
         """A turn that was spoken here: its text, its codes int64 [frames, codebooks], and what has been read by then.
 
@@ -83,14 +94,14 @@ class Conversation:
 
         Drops the oldest turns if need be. Raises `ContextTooLong` when voice and text alone do not fit.
         """
-        least = _positions(self._voice) + len(text)
+        least = self._kept_positions + len(text)
         if least > self._max_positions:
             raise ContextTooLong(
-                f"The voice and the text take {least} positions, {least - self._max_positions} more than there are. "
-                "Use a shorter voice, or say less at once."
+                f"Voice, context and text take {least} positions, {least - self._max_positions} more than there are. "
+                "Use a shorter voice or context, or say less at once."
             )
         room = self._max_positions + 1 - len(text)  # the last frame is never read back
-        wanted = min(frames, room - _positions(self._voice))
+        wanted = min(frames, room - self._kept_positions)
         self._drop_until(room - wanted)
         unread = self.unread()
         return self._cached, text if unread is None else join([unread, text])
@@ -104,14 +115,24 @@ class Conversation:
         return self._max_positions + 1 - self.positions - len(text)
 
     def _drop_until(self, positions: int) -> None:
-        dropped = False
-        while self._turns and self.positions > positions:
-            self._turns.pop(0)
+        if self.positions <= positions:
+            return
+        kept = self._kept_positions
+        target = kept + (positions - kept) // 2
+        while len(self._turns) > self._pinned:
+            is_last = len(self._turns) == self._pinned + 1  # which stays if it fits at all: it may just have been heard
+            if self.positions <= (positions if is_last else target):
+                break
+            del self._turns[self._pinned]
             self.dropped_turns += 1
-            dropped = True
-        if dropped and self._cached is not self._voice:
+        if self._cached is not self._voice:
             self._cached = self._voice
             self.rebuilds += 1
+
+    @property
+    def _kept_positions(self) -> int:
+        """Positions of the voice and the pinned turns."""
+        return _positions(self._voice) + sum(len(turn) for turn in self._turns[: self._pinned])
 
 
 def join(prompts: Sequence[Prompt]) -> Prompt:

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, TypeAlias
@@ -17,7 +18,7 @@ from aloud.audio import Audio
 from aloud.conversation import Conversation
 from aloud.engine.loop import Loop
 from aloud.engine.stream import Job, Stream
-from aloud.errors import EngineClosed, RequestError
+from aloud.errors import DeviceStuck, EngineClosed, RequestError
 from aloud.live_speech import LiveSpeech, Text
 from aloud.prepare import (
     check_manner,
@@ -39,6 +40,8 @@ Pace: TypeAlias = Literal["realtime", "full"]
 LEAD_SECONDS = 0.4
 """How far a stream runs ahead of being played: what a network and a player may be late."""
 MAX_WAITING = 64
+FAILED_STEPS = 3
+"""So many steps that fail one after the other are no accident."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +84,25 @@ class Engine:
         stuck_after_seconds: a step that takes longer is taken for a device that does not answer, and those who wait
             are told so.
         """
-        if not isinstance(max_waiting, int) or max_waiting < 0:
+        if not isinstance(max_waiting, int) or isinstance(max_waiting, bool) or max_waiting < 0:
             raise RequestError(f"max_waiting must be a whole number, 0 or more, got {max_waiting!r}.")
+        if not _is_seconds(stuck_after_seconds) or not 0 < stuck_after_seconds <= 86_400:
+            raise RequestError(f"stuck_after_seconds must be above 0 and at most 86,400, got {stuck_after_seconds!r}.")
+        if runtime.loop.is_run:
+            raise RequestError("The runtime has an engine already. Use that one, or close it first.")
         runtime.warm()
         self.runtime = runtime
         self.loop: Loop = runtime.loop
         self.loop.max_waiting = max_waiting
         self.loop.stuck_after_seconds = stuck_after_seconds
-        self._arrivals: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Arrivals] = weakref.WeakKeyDictionary()
-        self._arrivals_lock = threading.Lock()
+        self._arrivals: dict[asyncio.AbstractEventLoop, Arrivals] = {}
+        self._speeches: weakref.WeakSet[LiveSpeech] = weakref.WeakSet()
+        self._lock = threading.Lock()
         self._is_draining = False
         self._rates = _Rate()
         self._stop = threading.Event()
         self.loop.listen(self._after_step)
-        self._thread = threading.Thread(target=self.loop.run, args=(self._stop,), name="aloud-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="aloud-engine", daemon=True)
         self._thread.start()
 
     def stream(
@@ -263,6 +271,8 @@ class Engine:
         if self._stop.is_set() or not self._thread.is_alive():
             raise EngineClosed("The engine is closed. Make a new one.")
         self.loop.check_stuck()
+        if self.loop.failed_in_a_row >= FAILED_STEPS:
+            raise DeviceStuck(f"The last {self.loop.failed_in_a_row} steps failed. Restart the process.")
 
     async def drain(self, limit_seconds: float | None = None) -> bool:
         """Take no new work and wait until all that runs has ended -> whether it has, within the limit."""
@@ -272,7 +282,7 @@ class Engine:
         """As `drain`; blocks."""
         self._is_draining = True
         end = None if limit_seconds is None else time.monotonic() + limit_seconds
-        while not self.loop.is_idle:
+        while self._is_speaking() or not self.loop.is_idle:
             if end is not None and time.monotonic() > end:
                 return False
             time.sleep(0.01)
@@ -281,15 +291,9 @@ class Engine:
     def close(self) -> None:
         """End all streams and the thread; the runtime can be used further."""
         self._is_draining = True
-        if self._stop.is_set():
-            return
-        self.loop.cancel_all()
         self._stop.set()
         self.loop.wake()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=self.loop.stuck_after_seconds)
-        self.loop.stop_listening(self._after_step)
-        self._after_step()
+        self._thread.join(timeout=self.loop.stuck_after_seconds)
 
     def __enter__(self) -> Engine:
         return self
@@ -307,12 +311,23 @@ class Engine:
     ) -> None:
         await asyncio.to_thread(self.close)
 
+    def _run(self) -> None:
+        """What the thread does; in the end nobody is left waiting, also where a device was stuck until then."""
+        try:
+            self.loop.run(self._stop)
+        finally:
+            self._stop.set()
+            with suppress(DeviceStuck):  # as those who wait are told
+                self.loop.cancel_all()
+            self.loop.stop_listening(self._after_step)
+            self._after_step()
+
     # --- for sessions -------------------------------------------------------------------------------------------------
 
     def submit(self, job: Job) -> Stream:
         """Let a job run."""
         self._check_open()
-        return self.loop.submit(job)
+        return self._go_on(job)
 
     def speech(
         self,
@@ -347,9 +362,10 @@ class Engine:
                 manner,
                 lambda piece: text_prompt(model, tokenizer, request.speaker, piece),
                 keeps_context=keeps_context,
+                submit=self._go_on,
             )
 
-        return LiveSpeech(
+        speech = LiveSpeech(
             self.loop,
             self._arrivals_here,
             text,
@@ -359,6 +375,9 @@ class Engine:
             guards=manner.guards,
             when_over=when_over,
         )
+        with self._lock:
+            self._speeches.add(speech)
+        return speech
 
     def joined(self, chunks: Sequence[Audio], speech: LiveSpeech) -> Audio:
         """All chunks of a speech as one, without its silent tail."""
@@ -371,7 +390,22 @@ class Engine:
             left = conversation.free_positions
             for turn in read_turns(runtime.model, runtime.tokenizer, request.context, max_positions=left):
                 conversation.add(turn)
+            conversation.pin()
         return conversation
+
+    def _go_on(self, job: Job, *, is_refusable: bool = False) -> Stream:
+        """Let a job run, also while the engine drains: it may be the next piece of what runs."""
+        stream = self.loop.submit(job, is_refusable=is_refusable)
+        if self._stop.is_set():  # and `close` may have looked before
+            self.loop.cancel(stream)
+            raise EngineClosed("The engine is closed. Make a new one.")
+        return stream
+
+    def _is_speaking(self) -> bool:
+        """Whether anything runs, if only between two pieces of its text."""
+        with self._lock:
+            speeches = list(self._speeches)
+        return any(speech.is_running for speech in speeches)
 
     def _check_open(self) -> None:
         if self._stop.is_set():
@@ -382,14 +416,16 @@ class Engine:
     def _arrivals_here(self) -> Arrivals:
         """Of the event loop that runs in this thread."""
         event_loop = asyncio.get_running_loop()
-        with self._arrivals_lock:
+        with self._lock:
             if event_loop not in self._arrivals:
+                for other in [other for other, arrivals in self._arrivals.items() if arrivals.is_closed]:
+                    del self._arrivals[other]
                 self._arrivals[event_loop] = Arrivals(self.loop, event_loop)
             return self._arrivals[event_loop]
 
     def _after_step(self) -> None:
         self._rates.count(self.loop.scheduler.frames)
-        with self._arrivals_lock:
+        with self._lock:
             everywhere = list(self._arrivals.values())
         for arrivals in everywhere:
             arrivals.announce()
@@ -421,9 +457,11 @@ class _Rate:
 def _lead(pace: Pace, lead_seconds: float | None) -> float | None:
     if pace not in ("realtime", "full"):
         raise RequestError(f'pace must be "realtime" or "full", got {pace!r}.')
-    if pace == "full":
-        return None
     lead = LEAD_SECONDS if lead_seconds is None else lead_seconds
-    if isinstance(lead, bool) or not isinstance(lead, (int, float)) or not 0.08 <= lead <= 60:
+    if not _is_seconds(lead) or not 0.08 <= lead <= 60:
         raise RequestError(f"lead_seconds must be from 0.08 to 60, got {lead_seconds!r}.")
-    return float(lead)
+    return None if pace == "full" else float(lead)
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -18,6 +19,7 @@ from aloud.utterance import Utterance, Want
 
 Text: TypeAlias = str | Iterable[str] | AsyncIterable[str]
 """A text, or its parts as they come."""
+_END_OF_TEXT = object()
 
 
 class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
@@ -25,6 +27,9 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
 
     It begins with the first chunk that is asked for. Leaving it, by `aclose`, `cancel`, a cancelled task or because
     nobody holds it any more, frees its slot within a frame. `finish_reason` is None until it is over.
+
+    When it is over before its text is, the rest of the text is not asked for: waiting for an asynchronous part is
+    cancelled, which ends a generator that waits; else the iterator stays as it is, for its owner to read on or close.
     """
 
     def __init__(
@@ -49,9 +54,12 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         self._when_over = when_over
         self._utterance: Utterance | None = None
         self._is_over = False
+        self._told_over = threading.Lock()  # taken once
+        self._reason_before: str | None = None  # it is over before it began
         self._parts: Iterator[str] | None = None
         self._async_parts: AsyncIterator[str] | None = None
-        self._pulling: asyncio.Future[str | None] | None = None  # the next part of the text, on its way
+        self._pulling: asyncio.Future[object] | None = None  # the next part of the text, on its way
+        self._is_whole = isinstance(text, str)
         if isinstance(text, str):
             check_text(text)
             self._parts = iter((text,))
@@ -65,7 +73,14 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
     @property
     def finish_reason(self) -> str | None:
         """Why it ended: "end", "length", a guard's name, "cancelled" or "error"; None before."""
-        return None if self._utterance is None else self._utterance.finish_reason
+        if self._utterance is None:
+            return self._reason_before
+        return self._utterance.finish_reason
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has begun and is not over."""
+        return self._utterance is not None and not self._is_over
 
     @property
     def lateness_seconds(self) -> float:
@@ -77,8 +92,8 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         try:
             while not self._is_over:
                 if self._utterance is None:
-                    self._utterance = await asyncio.to_thread(self._begin) if self._begin_blocks else self._begin()
-                self._feed_at_hand(self._utterance)
+                    self._started(await asyncio.to_thread(self._begin) if self._begin_blocks else self._begin())
+                    continue
                 step = self._utterance.advance()
                 if isinstance(step, Audio):
                     return step
@@ -86,10 +101,14 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
                     self._end()
                 elif isinstance(step, Stream):
                     await self._arrival(step)
-                else:
+                elif self._async_parts is not None:
                     await self._pull()
-        except BaseException:
-            self.cancel()
+                elif self._is_whole:
+                    self._feed(self._utterance)
+                else:
+                    await asyncio.to_thread(self._feed, self._utterance)
+        except BaseException as error:
+            self._stop(_reason(error))
             raise
         raise StopAsyncIteration
 
@@ -100,8 +119,8 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         try:
             while not self._is_over:
                 if self._utterance is None:
-                    self._utterance = self._begin()
-                self._feed_at_hand(self._utterance)
+                    self._started(self._begin())
+                    continue
                 step = self._utterance.advance()
                 if isinstance(step, Audio):
                     return step
@@ -109,21 +128,16 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
                     self._end()
                 elif isinstance(step, Stream):
                     self._loop.wait(step)
-        except BaseException:
-            self.cancel()
+                else:
+                    self._feed(self._utterance)
+        except BaseException as error:
+            self._stop(_reason(error))
             raise
         raise StopIteration
 
     def cancel(self) -> None:
         """Stop at once; may be called from anywhere."""
-        if self._utterance is not None:
-            self._utterance.cancel()
-        if self._pulling is not None:
-            event_loop = self._pulling.get_loop()
-            if not event_loop.is_closed():
-                event_loop.call_soon_threadsafe(self._pulling.cancel)
-            self._pulling = None
-        self._end()
+        self._stop("cancelled")
 
     async def aclose(self) -> None:
         """As `cancel`; what `contextlib.aclosing` calls."""
@@ -153,19 +167,37 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         if not getattr(self, "_is_over", True):
             self.cancel()
 
-    def _end(self) -> None:
+    def _started(self, utterance: Utterance) -> None:
+        self._utterance = utterance
+        if self._is_over:  # cancelled while it was being made
+            utterance.cancel()
+
+    def _stop(self, reason: str) -> None:
         if not self._is_over:
-            self._is_over = True
+            self._reason_before = reason
+        self._is_over = True  # before all else: whoever makes the utterance or asks for text meanwhile sees it
+        if self._utterance is not None:
+            self._utterance.cancel(reason)
+        self._end()
+
+    def _end(self) -> None:
+        self._is_over = True
+        pulling, self._pulling = self._pulling, None
+        if pulling is not None:
+            event_loop = pulling.get_loop()
+            if not event_loop.is_closed():
+                event_loop.call_soon_threadsafe(pulling.cancel)
+        if self._told_over.acquire(blocking=False):
             self._when_over()
 
-    def _feed_at_hand(self, utterance: Utterance) -> None:
-        """Give the utterance the text that it wants, as far as that is there without waiting for anybody."""
-        if self._parts is not None and utterance.needs_text and not utterance.has_pieces:
-            for part in self._parts:
-                utterance.feed(_checked(part))
-                if utterance.has_pieces:
-                    return
-            utterance.finish_text()
+    def _feed(self, utterance: Utterance) -> None:
+        """Give the utterance the text that it wants, of an iterator that may block."""
+        assert self._parts is not None
+        for part in self._parts:
+            utterance.feed(_checked(part))
+            if utterance.has_pieces or self._is_over:
+                return
+        utterance.finish_text()
 
     async def _arrival(self, stream: Stream) -> None:
         """Wait for a stream, and take in a part of the text if one comes meanwhile."""
@@ -180,29 +212,43 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
             if frame.done():
                 frame.result()
         finally:
-            frame.cancel()
-        if pulling.done():
+            if not frame.get_loop().is_closed():  # as it may be where this is collected, unfinished
+                frame.cancel()
+        if pulling.done() and not self._is_over:
             await self._pull()
 
     async def _pull(self) -> None:
         """Wait for the next part of the text."""
         if self._async_parts is None or self._utterance is None:
             return
-        part = await asyncio.shield(self._start_pulling(self._async_parts))
+        pulling = self._start_pulling(self._async_parts)
+        await asyncio.wait({pulling})  # and not `await pulling`, which would cancel this task with it
+        if self._is_over:
+            return
         self._pulling = None
-        if part is None:
+        part = pulling.result()
+        if part is _END_OF_TEXT:
             self._utterance.finish_text()
         else:
             self._utterance.feed(_checked(part))
 
-    def _start_pulling(self, parts: AsyncIterator[str]) -> asyncio.Future[str | None]:
+    def _start_pulling(self, parts: AsyncIterator[str]) -> asyncio.Future[object]:
         if self._pulling is None:
-            self._pulling = asyncio.ensure_future(_next_or_none(parts))
+            self._pulling = pulling = asyncio.ensure_future(_next_part(parts))
+            if self._is_over:
+                pulling.cancel()
+            return pulling
         return self._pulling
 
 
-async def _next_or_none(parts: AsyncIterator[str]) -> str | None:
-    return await anext(parts, None)
+def _reason(error: BaseException) -> str:
+    """Why speech ended that an error left."""
+    return "error" if isinstance(error, Exception) else "cancelled"
+
+
+async def _next_part(parts: AsyncIterator[str]) -> object:
+    """The next part, or what no iterator gives by mistake."""
+    return await anext(parts, _END_OF_TEXT)
 
 
 def _checked(part: object) -> str:

@@ -16,14 +16,12 @@ from aloud.codec import mimi
 from aloud.engine.guards import text_limit_frames
 from aloud.engine.stream import Job
 from aloud.errors import ContextTooLong, RequestError, SamplingInvalid, SpeakerInvalid, TextEmpty
-from aloud.models.csm import Csm
-from aloud.request import MAX_TEMPERATURE, MIN_TEMPERATURE, Guards, Prompt, Request, Sampling, Segment
+from aloud.models.csm import Csm, CsmConfig
+from aloud.request import MAX_SECONDS, MAX_TEMPERATURE, MIN_TEMPERATURE, Guards, Prompt, Request, Sampling, Segment
 from aloud.text.csm import Turn, build_prompt, turn_text
 from aloud.text.tokenizer import Tokenizer
 from aloud.voice import Voice
 
-MAX_SECONDS = 90.0
-"""The longest speech when nothing else bounds it."""
 MAX_ASKED_SECONDS = 86_400
 """A day: what a caller asks for beyond it is a mistake."""
 MAX_SPEAKER = 999
@@ -127,6 +125,21 @@ def resolve_seed(request: Request) -> int:
 def whole_frames(max_seconds: float | None, frame_rate_hz: float) -> int | None:
     """The nearest whole number of frames, at least one; half a frame is rounded up."""
     return None if max_seconds is None else max(1, math.floor(float(max_seconds) * frame_rate_hz + 0.5))
+
+
+def check_prompt(config: CsmConfig, prompt: Prompt) -> None:
+    """Raise a `RequestError` unless every token of a prompt is one that the model has."""
+    texts, codes = prompt.text_tokens, prompt.codes
+    shapes_fit = texts.dim() == 1 and codes.shape == (len(texts), config.codebooks)
+    if not shapes_fit or texts.dtype != torch.int64 or codes.dtype != torch.int64:
+        raise RequestError(
+            f"A prompt is int64 text_tokens [positions] and codes [positions, {config.codebooks}], "
+            f"got {list(texts.shape)} and {list(codes.shape)}."
+        )
+    if bool((texts < -1).any() or (texts >= config.text_vocabulary).any()):
+        raise RequestError(f"Text tokens of a prompt are from -1 to {config.text_vocabulary - 1}.")
+    if bool((codes < 0).any() or (codes >= config.audio_vocabulary).any()):
+        raise RequestError(f"Codes of a prompt are from 0 to {config.audio_vocabulary - 1}.")
 
 
 def check_voice(model: Csm, voice: Voice | None) -> None:

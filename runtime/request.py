@@ -44,6 +44,8 @@ class Segment:
     speaker: int = 0
 
 
+MAX_SECONDS = 90.0
+"""The longest that a text is spoken, or a piece of a longer one, when nothing else bounds it."""
 MIN_TEMPERATURE = 1e-3
 """The smallest temperature that is not greedy; below it, logits would overflow float32."""
 MAX_TEMPERATURE = 100.0

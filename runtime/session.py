@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING
 from aloud.audio import Audio
 from aloud.conversation import Conversation
 from aloud.engine.stream import Job
-from aloud.errors import SessionBusy
+from aloud.errors import EngineClosed, SessionBusy
 from aloud.live_speech import LiveSpeech, Text
-from aloud.prepare import check_text, read_turns
+from aloud.prepare import check_prompt, check_text, read_turns
 from aloud.request import AudioSource, Guards, Prompt, Request, Sampling, Segment
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Session:
         self._engine = engine
         self._manner = manner
         self._conversation = conversation
-        self._is_busy = False
+        self._working = threading.Lock()  # held while something runs
 
     @property
     def stats(self) -> SessionStats:
@@ -64,7 +65,12 @@ class Session:
         return self._conversation.turns
 
     def restore(self, turns: Sequence[Prompt]) -> None:
-        """Add turns of another session; they are read when the next turn begins."""
+        """Add turns of another session; they are read when the next turn begins.
+
+        Raises a `RequestError` for tokens that the model does not have.
+        """
+        for turn in turns:
+            check_prompt(self._engine.runtime.config, turn)
         with self._busy():
             for turn in turns:
                 self._conversation.add(turn)
@@ -84,27 +90,11 @@ class Session:
             segment = Segment(text, audio, speaker)
             (turn,) = read_turns(runtime.model, runtime.tokenizer, [segment], max_positions=conversation.free_positions)
             conversation.add(turn)
-            conversation.make_room()
-            unread = conversation.unread()
-            if unread is None:
-                return
-            job = Job(
-                prompt=unread,
-                sampling=Sampling(),
-                seed=0,
-                max_frames=0,
-                guards=Guards.off(),
-                text_limit_frames=None,
-                prefix=conversation.cached,
-                keeps_cache=True,
-            )
-            stream = self._engine.submit(job)
             try:
-                self._engine.loop.next(stream)
-            finally:
-                self._engine.loop.cancel(stream)
-            assert stream.prefix is not None
-            conversation.has_read(stream.prefix)
+                self._read()
+            except BaseException:  # who hears it again shall not have it twice
+                conversation.take_back()
+                raise
 
     def stream(
         self,
@@ -136,6 +126,32 @@ class Session:
         speech = self.stream(text, seed=seed, max_seconds=max_seconds, pace="full")
         return self._engine.joined(list(speech), speech)
 
+    def _read(self) -> None:
+        """Read what of the conversation has not been read."""
+        conversation = self._conversation
+        conversation.make_room()
+        unread = conversation.unread()
+        if unread is None:
+            return
+        job = Job(
+            prompt=unread,
+            sampling=Sampling(),
+            seed=0,
+            max_frames=0,
+            guards=Guards.off(),
+            text_limit_frames=None,
+            prefix=conversation.cached,
+            keeps_cache=True,
+        )
+        stream = self._engine.submit(job)
+        try:
+            self._engine.loop.next(stream)
+        finally:
+            self._engine.loop.cancel(stream)
+        if stream.prefix is None:
+            raise EngineClosed("The engine was closed while it listened. Make a new one.")
+        conversation.has_read(stream.prefix)
+
     def _request(self, text: Text, seed: int | None, max_seconds: float | None) -> Request:
         if isinstance(text, str):
             check_text(text)
@@ -154,12 +170,13 @@ class Session:
 
     def _claim(self) -> Callable[[], None]:
         """Be busy until the function that this returns is called."""
-        if self._is_busy:
+        if not self._working.acquire(blocking=False):
             raise SessionBusy("The session is still speaking or hearing. Wait for that, or cancel it.")
-        self._is_busy = True
+        released = threading.Lock()  # taken once: what was claimed later is not released with this
 
         def release() -> None:
-            self._is_busy = False
+            if released.acquire(blocking=False):
+                self._working.release()
 
         return release
 

@@ -17,7 +17,7 @@ from aloud.codec.config import MimiConfig
 from aloud.engine.guards import is_silent
 from aloud.engine.loop import Loop
 from aloud.engine.stream import Job, Spoken, Stream
-from aloud.errors import NothingSpoken
+from aloud.errors import EngineClosed, NothingSpoken
 from aloud.request import Guards
 
 
@@ -56,6 +56,7 @@ class SpeechStream(Iterator[Audio]):
                     self._has_spoken = True
                     self._bar.update(1 / self._codec.frame_rate)
                     return _audio(self._codec, self._job, [part], _reason_with_last_frame(self._stream))
+                _check_whole(self._stream)
                 if self._has_spoken:
                     self.finish_reason = self._stream.finish_reason
                     self.close()
@@ -84,6 +85,12 @@ class SpeechStream(Iterator[Audio]):
 
     def __del__(self) -> None:
         self.close()
+
+
+def _check_whole(stream: Stream) -> None:
+    """Raise when others have ended a stream."""
+    if stream.finish_reason == "cancelled":
+        raise EngineClosed("The engine was closed while this was spoken. Ask again.")
 
 
 def _reason_with_last_frame(stream: Stream) -> str | None:
@@ -145,6 +152,7 @@ def _speak_once(loop: Loop, codec: MimiConfig, jobs: Sequence[Job], bar: _Progre
                     while other is not stream and (spoken := other.take()) is not None:
                         other_parts.append(spoken)
                         bar.update(1 / codec.frame_rate)
+            _check_whole(stream)
     finally:
         for stream in streams:
             loop.cancel(stream)
@@ -173,6 +181,8 @@ def joined(codec: MimiConfig, chunks: Sequence[Audio], guards: Guards, finish_re
         heard = len(loud) - loud[::-1].index(True) if True in loud else 0
         kept = heard + math.ceil(guards.silence_kept_seconds * codec.frame_rate) if heard else 0
     assert whole.codes is not None
+    if not kept:
+        raise NothingSpoken("The model said nothing that could be heard. Try another text, seed or context.")
     return Audio(
         whole.samples[: kept * codec.frame_size],
         codec.sample_rate,

@@ -7,7 +7,7 @@ Each piece is conditioned on the pieces before it, as turns of the same speaker,
 from __future__ import annotations
 
 import enum
-import time
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,14 +21,15 @@ from aloud.conversation import Conversation
 from aloud.engine.guards import text_limit_frames
 from aloud.engine.loop import Loop
 from aloud.engine.stream import Job, Prefix, Spoken, Stream
-from aloud.errors import NothingSpoken, TextEmpty
-from aloud.request import Guards, Prompt, Sampling
+from aloud.errors import EngineClosed, NothingSpoken, TextEmpty
+from aloud.prepare import check_text
+from aloud.request import MAX_SECONDS, Guards, Prompt, Sampling
 from aloud.text.split import Splitter
 
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 / the golden ratio: steps of it spread the pieces' seeds over all numbers (Steele et al. 2014, SplitMix)."""
-OPEN_END_SECONDS = 30.0
-"""Room that is made in the context for a piece whose length nothing bounds."""
+ROOM_SECONDS = 30.0
+"""Room that is made in the context for a piece at most: one of `SplitLimits` takes half of it."""
 
 
 class Want(enum.Enum):
@@ -64,9 +65,10 @@ class Utterance:
         prompt_of: Callable[[str], Prompt],
         *,
         keeps_context: bool,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
+        submit: Callable[..., Stream] | None = None,
     ) -> None:
-        """`prompt_of` makes the prompt of one piece of text."""
+        """`prompt_of` makes the prompt of one piece of text; `submit` is `Loop.submit`, or does more than that."""
         self.finish_reason: str | None = None
         self.lateness_seconds = 0.0  # the most that a frame of the pieces that are over was late
         self._loop = loop
@@ -75,14 +77,16 @@ class Utterance:
         self._manner = manner
         self._prompt_of = prompt_of
         self._keeps_context = keeps_context
-        self._clock = clock
+        self._clock = clock or loop.now
+        self._run_job = submit or loop.submit
+        self._changing = threading.RLock()  # it may be cancelled from another thread than the one that advances it
         self._splitter = Splitter()
         self._pieces: deque[str] = deque()
         self._text_is_over = False
         self._began = 0  # pieces
         self._frames = 0  # of all pieces
         self._last_reason: str | None = None
-        self._plays_from: float | None = None  # when the first frame was there
+        self._plays_from: float | None = None  # frame n is played n frames later; None: nothing plays
         # Of the piece that is being spoken:
         self._stream: Stream | None = None
         self._piece = ""
@@ -101,7 +105,9 @@ class Utterance:
         return bool(self._pieces)
 
     def feed(self, text: str) -> None:
-        """More of the text."""
+        """More of the text. Raises `RequestError` for characters that no UTF-8 has."""
+        if text.strip():
+            check_text(text)
         self._pieces.extend(self._splitter.feed(text))
 
     def finish_text(self) -> None:
@@ -115,6 +121,20 @@ class Utterance:
 
         Raises what went wrong; the utterance is over then.
         """
+        with self._changing:
+            return self._advance()
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Stop; what has been handed out stays in the conversation."""
+        with self._changing:
+            stream, self._stream = self._stream, None
+            if self.finish_reason is None:
+                self.finish_reason = reason
+            if stream is not None:
+                self._loop.cancel(stream)
+                self._remember(None)  # what has been read may be more than what was handed out
+
+    def _advance(self) -> Audio | Stream | Want:
         while True:
             stream = self._stream
             if stream is None:
@@ -135,15 +155,6 @@ class Utterance:
             if not stream.frames:
                 self._end_piece(stream)
 
-    def cancel(self) -> None:
-        """Stop; what has been handed out stays in the conversation."""
-        stream, self._stream = self._stream, None
-        if self.finish_reason is None:
-            self.finish_reason = "cancelled"
-        if stream is not None:
-            self._loop.cancel(stream)
-            self._remember(None)  # what has been read may be more than what was handed out
-
     def _begin(self, piece: str) -> None:
         self._text = self._prompt_of(piece)
         self._codes = []
@@ -157,8 +168,9 @@ class Utterance:
         manner, rate = self._manner, self._codec.frame_rate
         limit = text_limit_frames(manner.guards, piece, rate)
         left = None if manner.max_frames is None else manner.max_frames - self._frames
-        bounds = [frames for frames in (limit, left) if frames is not None]
-        prefix, prompt = self._conversation.prompt_for(self._text, min(bounds, default=round(OPEN_END_SECONDS * rate)))
+        bounds = [frames for frames in (limit, left, round(MAX_SECONDS * rate)) if frames is not None]
+        # Not all that it may take at most: what it will hardly use is not worth the turns that would go for it.
+        prefix, prompt = self._conversation.prompt_for(self._text, min([*bounds, round(ROOM_SECONDS * rate)]))
         room = self._conversation.room_frames(self._text)
         job = Job(
             prompt=prompt,
@@ -168,22 +180,26 @@ class Utterance:
             guards=manner.guards,
             text_limit_frames=limit,
             prefix=prefix,
-            lead_seconds=self._lead_seconds(),
+            lead_seconds=manner.lead_seconds,
+            plays_at=self._plays_at(),
+            goes_on=self._began > 0,
             keeps_cache=self._keeps_context or not self._text_is_over or bool(self._pieces),
         )
-        self._stream = self._loop.submit(job, is_refusable=self._began == 0)
+        self._stream = self._run_job(job, is_refusable=self._began == 0)
 
-    def _lead_seconds(self) -> float | None:
-        """The lead of the next piece: what its pieces before are ahead of being played is part of it."""
-        lead = self._manner.lead_seconds
-        if lead is None or self._plays_from is None:
-            return lead
-        ahead = self._plays_from + self._frames / self._codec.frame_rate - self._clock()
-        return max(lead - max(ahead, 0.0), 1 / self._codec.frame_rate)
+    def _plays_at(self) -> float | None:
+        """When the next frame is due, if frames before it are being played."""
+        if self._manner.lead_seconds is None or self._plays_from is None:
+            return None
+        due = self._plays_from + self._frames / self._codec.frame_rate
+        if due > self._clock():
+            return due
+        self._plays_from = None  # the listener has nothing left: playing begins anew with the next frame
+        return None
 
     def _chunk(self, spoken: Spoken) -> Audio:
         if self._plays_from is None:
-            self._plays_from = self._clock()
+            self._plays_from = self._clock() - self._frames / self._codec.frame_rate
         self._codes.append(spoken.codes)
         self._frames += 1
         return Audio(spoken.samples, self._codec.sample_rate, spoken.codes[None], seed=self._manner.seed)
@@ -193,8 +209,13 @@ class Utterance:
         self.lateness_seconds = max(self.lateness_seconds, stream.lateness_seconds)
         if stream.error is not None:
             self.finish_reason = "error"
+            self._remember(None)
             raise stream.error
         reason = stream.finish_reason
+        if reason == "cancelled":  # not by `cancel`, which forgets the stream
+            self.finish_reason = "error"
+            self._remember(None)
+            raise EngineClosed("The engine was closed while it spoke. Make a new one, and ask again.")
         if not self._codes and reason == "end" and not self._is_second_attempt and self._draws():
             self._is_second_attempt = True
             self._submit(self._piece, (stream.job.seed + 1) % 2**64)

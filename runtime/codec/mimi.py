@@ -6,6 +6,8 @@ is cut into chunks does not change what comes out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -171,6 +173,13 @@ def encode_chunk(
     if not 1 <= num_codebooks <= config.num_codebooks:
         raise ValueError(f"num_codebooks must be from 1 to {config.num_codebooks}, got {num_codebooks}")
 
+    with exact_convolutions():
+        return _encode_chunk(config, weights, state, samples, slots, num_codebooks)
+
+
+def _encode_chunk(
+    config: MimiConfig, weights: MimiWeights, state: MimiState, samples: Tensor, slots: Tensor, num_codebooks: int
+) -> Tensor:
     seen = state.positions.index_select(0, slots)
     hidden = seanet_encode(config, weights.encoder, state.seanet, samples.to(state.ring.dtype), slots)
     hidden = transform(config, weights.encoder_transformer, state.ring, seen, hidden.transpose(1, 2), slots)
@@ -211,8 +220,22 @@ def decode_chunk(config: MimiConfig, weights: MimiWeights, state: MimiState, cod
         alone = zip(codes.split(1), slots.split(1), strict=True)
         return torch.cat([decode_chunk(config, weights, state, row, slot) for row, slot in alone])
 
+    with exact_convolutions():
+        return _decode_chunk(config, weights, state, codes, slots, sizes["codebooks"])
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """float32 convolutions in float32: a GPU would round their inputs to 10 bits."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+def _decode_chunk(
+    config: MimiConfig, weights: MimiWeights, state: MimiState, codes: Tensor, slots: Tensor, codebooks: int
+) -> Tensor:
     latents = dequantize(weights.semantic, codes[:, : config.num_semantic_codebooks])
-    if sizes["codebooks"] > config.num_semantic_codebooks:
+    if codebooks > config.num_semantic_codebooks:
         latents = latents + dequantize(weights.acoustic, codes[:, config.num_semantic_codebooks :])
     latents = latents.to(state.ring.dtype).transpose(1, 2)
 

@@ -88,13 +88,16 @@ class Loop:
         self._streams: list[Stream | None] = [None] * slots
         self._free = deque(range(slots))
         self._inbox: deque[Stream] = deque()  # new ones and cancelled ones; appending needs no lock
-        self._waiting: deque[Stream] = deque()  # for a slot
+        # For a slot: what goes on with something that plays, what is to be played, what is not; each in its order.
+        self._waiting_by_rank: tuple[deque[Stream], ...] = (deque(), deque(), deque())
+        self.failed_in_a_row = 0  # steps, since the last one that did not fail
         self._reading: deque[Stream] = deque()  # whose prompts are not yet read
         self._held: list[Stream] = []  # that wait for their frames to be taken
         self._passes: deque[tuple[int, Reading]] = deque()  # positions of prefill passes that were not yet timed
         self._in_flight: deque[_InFlight] = deque()
         self._changed = threading.Condition()
         self._is_driven = False
+        self.is_run = False  # whether a thread does nothing but drive
 
     # --- from any thread ----------------------------------------------------------------------------------------------
 
@@ -121,7 +124,7 @@ class Loop:
             with self._drive(wait=True) as driving:
                 if driving:
                     self._take_inbox()
-                    for stream in [*self._waiting, *self._streams]:
+                    for stream in [*self._all_waiting(), *self._streams]:
                         if stream is not None:
                             stream.cancelled = True
                             self._inbox.append(stream)
@@ -173,6 +176,13 @@ class Loop:
 
     def run(self, until: threading.Event) -> None:
         """Drive in this thread until an event is set and somebody wakes the loop."""
+        self.is_run = True
+        try:
+            self._run(until)
+        finally:
+            self.is_run = False
+
+    def _run(self, until: threading.Event) -> None:
         while not until.is_set():
             with self._drive(wait=True, unless=until.is_set) as driving:
                 while driving and not until.is_set():
@@ -184,6 +194,16 @@ class Loop:
                     self.wake()
                     if pause != 0.0:
                         self.sleep(pause, until.is_set)
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """No step runs while this is held; waits for the one that does."""
+        while True:
+            with self._drive(wait=True) as driving:
+                if driving:
+                    yield
+                    return
+            self.check_stuck()
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call a function, which must not wait, from the driving thread after each step."""
@@ -222,12 +242,16 @@ class Loop:
     @property
     def is_idle(self) -> bool:
         """Whether no stream waits or runs."""
-        return not self._inbox and not self._waiting and len(self._free) == len(self._streams)
+        return not self._inbox and not any(self._waiting_by_rank) and len(self._free) == len(self._streams)
+
+    def now(self) -> float:
+        """Seconds by the loop's clock."""
+        return self._clock()
 
     @property
     def waiting(self) -> int:
         """Streams that wait for a slot."""
-        return len(self._inbox) + len(self._waiting)
+        return len(self._inbox) + sum(map(len, self._waiting_by_rank))
 
     @property
     def used_slots(self) -> int:
@@ -303,29 +327,36 @@ class Loop:
                 refusal = self._refusal(stream) if stream.is_refusable else None
                 if refusal is None:
                     self.counts.accepted += 1
-                    self._waiting.append(stream)
+                    self._waiting_by_rank[_rank(stream.job)].append(stream)
                 else:
                     self.counts.refused += 1
                     stream.error = refusal
             elif not stream.is_over:
-                if stream.slot < 0 and stream in self._waiting:
-                    self._waiting.remove(stream)
+                waiting = self._waiting_by_rank[_rank(stream.job)]
+                if stream.slot < 0 and stream in waiting:
+                    waiting.remove(stream)
                 self._finish(stream, "cancelled")
 
     def _refusal(self, stream: Stream) -> Overloaded | None:
         """Why a new stream cannot run in time, if it cannot."""
-        without_slot = len(self._waiting) - len(self._free)  # the others get theirs in this tick
+        waiting = self._all_waiting()
+        refusable = sum(other.is_refusable for other in waiting)
+        without_slot = refusable - max(0, len(self._free) - len(waiting) + refusable)  # others get theirs in this tick
         if without_slot >= self.max_waiting:
             return Overloaded(
                 f"{without_slot} requests wait for a stream already. Ask again later.", retry_after_seconds=1.0
             )
-        starting = sum(other.job.lead_seconds is not None for other in (*self._waiting, *self._reading))
+        starting = sum(other.job.lead_seconds is not None for other in (*waiting, *self._reading))
         after = self.scheduler.retry_after(self._clock(), stream.job.lead_seconds, starting)
         if after is None:
             return None
         return Overloaded(
             f"One more stream would make those that run late. Ask again in {after:.1f} s.", retry_after_seconds=after
         )
+
+    def _all_waiting(self) -> list[Stream]:
+        """Streams that wait for a slot, in the order in which they get one."""
+        return [stream for of_rank in self._waiting_by_rank for stream in of_rank]
 
     def _resume(self) -> None:
         """Let streams go on whose frames have been taken."""
@@ -345,8 +376,8 @@ class Loop:
 
     def _admit(self) -> None:
         """Give slots to streams that wait for one."""
-        while self._free and self._waiting:
-            stream = self._waiting.popleft()
+        while self._free and any(self._waiting_by_rank):
+            stream = next(waiting for waiting in self._waiting_by_rank if waiting).popleft()
             job, slot = stream.job, self._free.popleft()
             stream.slot = slot
             self._streams[slot] = stream
@@ -387,7 +418,7 @@ class Loop:
                 stream.read_positions = piece.stop
                 if piece.is_last:
                     if stream.job.max_frames:
-                        self.scheduler.start(piece.slot, now, stream.job.lead_seconds)
+                        self.scheduler.start(piece.slot, now, stream.job.lead_seconds, stream.job.plays_at)
                     else:
                         self._finish(stream, "length")
         return bool(planned)
@@ -441,6 +472,7 @@ class Loop:
         try:
             launched = self._steps.launch(slots)
         except Exception as error:
+            self.failed_in_a_row += 1
             for stream in streams:
                 self._fail(stream, error)
             return
@@ -457,9 +489,11 @@ class Loop:
         try:
             frame = flight.launched.read()
         except Exception as error:
+            self.failed_in_a_row += 1
             for stream in flight.streams:
                 self._fail(stream, error)
             return
+        self.failed_in_a_row = 0
         self.scheduler.observe_frame(len(flight.slots), frame.seconds)
         self._time_passes()
         rows = [row for row, stream in enumerate(flight.streams) if not stream.is_over]
@@ -553,6 +587,11 @@ class Loop:
         self._reading.clear()
         for stream in [stream for stream in self._streams if stream is not None]:
             self._fail(stream, error)
+
+
+def _rank(job: Job) -> int:
+    """Among which it waits for a slot."""
+    return 0 if job.goes_on else 1 if job.lead_seconds is not None else 2
 
 
 def _has_room(stream: Stream) -> bool:

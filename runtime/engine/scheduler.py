@@ -120,8 +120,10 @@ class Scheduler:
 
     # --- streams come, pause and go -----------------------------------------------------------------------------------
 
-    def start(self, slot: int, now: float, lead_seconds: float | None) -> None:
+    def start(self, slot: int, now: float, lead_seconds: float | None, plays_at: float | None = None) -> None:
         """A stream's prompt is read: it may run. `lead_seconds` is the lead it keeps; None is full pace.
+
+        `plays_at` is when its first frame is due, where it goes on with something that is being played already.
 
         A lead shorter than about three ticks cannot be kept: one to wait for, one in flight, its own.
         Raises `ValueError` when the slot has a stream, or the lead is not positive.
@@ -142,6 +144,10 @@ class Scheduler:
             self._realtime_starts += 1
         self._lateness[slot] = 0.0
         self._release(slot, now)
+        if plays_at is not None and lead_seconds is not None:
+            self._playing[slot] = True
+            self._origin[slot] = plays_at
+            self._place(np.array([slot]))
 
     def stop(self, slot: int) -> None:
         """The stream ended, was cancelled or failed. Frames in flight are forgotten; its lateness can still be read."""

@@ -12,6 +12,7 @@ import torch
 
 from aloud.engine.model import SpeechModel, State
 from aloud.engine.slots import Slots
+from aloud.kernels.row_product import TOGETHER
 from aloud.prompt_block import Piece, pack
 from aloud.request import Sampling
 
@@ -131,6 +132,8 @@ class EagerSteps(Generic[State]):
         ahead: int = 0,
     ) -> None:
         """`batch_sizes` and `ahead`: as a GPU would have them, to try that here."""
+        if 2 * batch_sizes[-1] >= TOGETHER:
+            raise ValueError(f"a batch of {batch_sizes[-1]} rows would not keep its streams apart on a CPU")
         self.batch_sizes = batch_sizes
         self.ahead = ahead
         self._model = model

@@ -36,6 +36,8 @@ class Job:
     text_limit_frames: int | None
     prefix: Prefix | None = None
     lead_seconds: float | None = None  # how far to run ahead of playing in real time; None: as fast as it goes
+    goes_on: bool = False  # whether it continues what has begun: it goes before all that have not
+    plays_at: float | None = None  # by the loop's clock: when its first frame is due, if it continues what is played
     keeps_cache: bool = False  # whether what has been read is wanted in the end: `Stream.prefix`
 
     @property

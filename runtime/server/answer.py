@@ -78,11 +78,13 @@ class SpeechAnswer(Response):
         progress = Progress(time.monotonic())
         gone = asyncio.ensure_future(_wait_until_gone(receive))
         outcome = "failed"
+        self._metrics.speaking += 1
         try:
             outcome = await self._answer(progress, gone, scope, receive, send)
         except ClientGone:
             outcome = "client_gone"
         finally:
+            self._metrics.speaking -= 1
             self._speech.cancel()
             gone.cancel()
             self._count(progress, outcome)

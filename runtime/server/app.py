@@ -26,10 +26,12 @@ from aloud.server.encode import FORMATS, encoder
 from aloud.server.gate import Gate
 from aloud.server.metrics import Metrics
 from aloud.server.problems import Problem, problem_of
+from aloud.server.realtime import realtime_routes
 from aloud.server.sessions import Sessions
 from aloud.server.settings import Settings
 from aloud.server.uploads import decode_audio
 from aloud.server.voices import Registry
+from aloud.server.websocket import websocket_routes
 
 MAX_CONSENT_CHARACTERS = 2_000
 MAX_PARTS = 8
@@ -78,11 +80,14 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.add_exception_handler(AloudError, _answer_problem)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
+    app.state.metrics = metrics
     app.add_middleware(Gate, settings=settings)
     app.include_router(_speech_routes(engine, settings, registry, sessions, metrics))
     app.include_router(_voice_routes(engine, settings, registry))
     app.include_router(_session_routes(engine, settings, sessions))
     app.include_router(_operator_routes(engine, settings, metrics))
+    app.include_router(websocket_routes(engine, settings, registry, metrics))
+    app.include_router(realtime_routes(engine, settings, registry, metrics))
     return app
 
 
@@ -186,7 +191,7 @@ def _session_routes(engine: Engine, settings: Settings, sessions: Sessions) -> A
         """Rebuild a session."""
         try:
             content = json.loads(await request.body())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Problem(400, "The body is not JSON.", "invalid_json") from error
         if not isinstance(content, dict):
             raise Problem(400, "A session is what GET /v1/sessions/ID gives.", "invalid_session")

@@ -11,13 +11,17 @@ import json
 import logging
 import secrets
 import time
+import traceback
 from collections.abc import MutableMapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aloud.server.problems import Problem
+from aloud.server.problems import Problem, problem_of
 from aloud.server.settings import Settings
 
 logger = logging.getLogger("aloud.server")
@@ -65,6 +69,11 @@ class Gate:
                     return
                 receive = body.receive
             await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:  # while its body was read
+            state["log"] = {"outcome": "client_gone"}
+        except Exception as error:
+            logger.error(json.dumps({"request_id": request_id} | _fault(error)))
+            await self._fail(scope, receive, send_with_id, problem_of(error), is_answered=status != 0)
         finally:
             milliseconds = round(1000 * (time.monotonic() - started), 1)
             line = {"request_id": request_id, "method": scope.get("method", "WS"), "path": scope["path"]}
@@ -75,6 +84,8 @@ class Gate:
         if not self._settings.keys or path.startswith(OPEN_PREFIX):
             return EVERYBODY
         given = _key(headers.get("authorization", ""))
+        if not given:
+            return None
         matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self._settings.keys]
         return hashlib.sha256(given.encode()).hexdigest()[:16] if any(matches) else None
 
@@ -87,6 +98,14 @@ class Gate:
         if problem.status == 401:
             response.headers["www-authenticate"] = 'Basic realm="aloud", charset="UTF-8"'
         await response(scope, receive, send)
+
+    async def _fail(self, scope: Scope, receive: Receive, send: Send, problem: Problem, *, is_answered: bool) -> None:
+        """Say that something went wrong, if there is still somebody to say it to; an answer that began is cut."""
+        with suppress(OSError, RuntimeError):
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1011, "reason": problem.message})
+            elif not is_answered:
+                await problem.response()(scope, receive, send)
 
 
 class _Body:
@@ -127,6 +146,12 @@ def _key(authorization: str) -> str:
         except (binascii.Error, UnicodeDecodeError):
             return ""
     return ""
+
+
+def _fault(error: BaseException) -> dict[str, Any]:
+    """What is written of a fault: what kind and where, innermost last, but not its message, which may quote a text."""
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    return {"fault": type(error).__name__, "at": places[-8:]}
 
 
 def _unauthorised() -> Problem:

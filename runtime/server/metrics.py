@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from aloud.live import Engine
@@ -39,6 +39,9 @@ class Metrics:
             "How long players that began with the first audio had none left.",
             registry=self._registry,
         )
+        self.speaking = 0  # requests whose answer is not over, a number for the event loop's thread to change
+        speaking = Gauge("aloud_requests_speaking", "Requests whose answer is not over.", registry=self._registry)
+        speaking.set_function(lambda: self.speaking)
         self._registry.register(_EngineCollector(engine))
 
     def text(self) -> bytes:

@@ -22,7 +22,9 @@ class Problem(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """When to come again, in the ways that clients look for it."""
+        """When to come again, in the ways that clients look for it; and an end to bodies that are not read on."""
+        if self.status in (408, 413):
+            return {"connection": "close"}
         if self.retry_after_seconds is None:
             return {}
         return {"retry-after": str(max(1, math.ceil(self.retry_after_seconds))), "x-should-retry": "true"}

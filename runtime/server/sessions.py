@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -31,47 +32,49 @@ class Kept:
 
 
 class Sessions:
-    """The sessions of all keys; to be used in the event loop's thread, but for the voices that it waits for."""
+    """The sessions of all keys. Every method may be called from any thread."""
 
     def __init__(self, engine: Engine, registry: Registry, limits: Limits) -> None:
         self._engine = engine
         self._registry = registry
         self._limits = limits
         self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
+        self._lock = threading.RLock()
 
     def find(self, owner: str, session_id: str) -> Kept:
         """A session that is there."""
         check_id(session_id)
-        self._forget_old()
-        kept = self._kept.get((owner, session_id))
-        if kept is None:
-            raise Problem(404, "There is no such session, or not any more.", "session_not_found", "session_id")
-        kept.last_asked = time.monotonic()
-        self._kept.move_to_end((owner, session_id))
-        return kept
+        with self._lock:
+            self._forget_old()
+            kept = self._kept.get((owner, session_id))
+            if kept is None:
+                raise Problem(404, "There is no such session, or not any more.", "session_not_found", "session_id")
+            kept.last_asked = time.monotonic()
+            self._kept.move_to_end((owner, session_id))
+            return kept
 
     def open(self, owner: str, session_id: str, voice: str) -> Kept:
         """A session that is there, or a new one; blocks while a voice is read."""
         check_id(session_id)
-        self._forget_old()
-        if (owner, session_id) in self._kept:
+        with self._lock:
+            self._make_room(owner, session_id)
+            is_there = (owner, session_id) in self._kept
+        made = None if is_there else self._made(owner, voice)
+        with self._lock:
+            if made is not None and (owner, session_id) not in self._kept:
+                return self._keep(owner, session_id, made)
             kept = self.find(owner, session_id)
-            if kept.voice != voice:
-                raise Problem(
-                    409, f"The session speaks with the voice {kept.voice!r}; a voice cannot change.", "voice_differs"
-                )
-            return kept
-        if sum(key[0] == owner for key in self._kept) >= self._limits.sessions:
-            raise Problem(429, "There are too many sessions. Delete one.", "too_many_sessions", retry_after_seconds=60)
-        read, speaker = self._registry.voice(owner, voice)
-        kept = Kept(self._engine.session(voice=read, speaker=speaker), voice, time.monotonic())
-        self._kept[owner, session_id] = kept
+        if kept.voice != voice:
+            raise Problem(
+                409, f"The session speaks with the voice {kept.voice!r}; a voice cannot change.", "voice_differs"
+            )
         return kept
 
     def delete(self, owner: str, session_id: str) -> None:
         """Forget a session."""
-        self.find(owner, session_id)
-        del self._kept[owner, session_id]
+        with self._lock:
+            self.find(owner, session_id)
+            del self._kept[owner, session_id]
 
     def exported(self, owner: str, session_id: str) -> dict[str, Any]:
         """All that is needed to rebuild a session elsewhere: its voice's name, and its turns as tokens."""
@@ -89,10 +92,30 @@ class Sessions:
         if content.get("version") != 1 or not isinstance(content.get("voice"), str):
             raise Problem(400, "A session is what GET /v1/sessions/ID gives.", "invalid_session")
         turns = [_turn(config, turn) for turn in _list(content.get("turns"))]
-        self._kept.pop((owner, session_id), None)
-        kept = self.open(owner, session_id, content["voice"])
+        with self._lock:
+            self._make_room(owner, session_id)
+        kept = self._made(owner, content["voice"])
         kept.session.restore(turns)
+        with self._lock:
+            return self._keep(owner, session_id, kept)
+
+    def _made(self, owner: str, voice: str) -> Kept:
+        read, speaker = self._registry.voice(owner, voice)
+        return Kept(self._engine.session(voice=read, speaker=speaker), voice, time.monotonic())
+
+    def _keep(self, owner: str, session_id: str, kept: Kept) -> Kept:
+        self._make_room(owner, session_id)
+        kept.last_asked = time.monotonic()
+        self._kept[owner, session_id] = kept
+        self._kept.move_to_end((owner, session_id))
         return kept
+
+    def _make_room(self, owner: str, session_id: str) -> None:
+        """Forget what is old; raises a `Problem` when one more session would be too many."""
+        self._forget_old()
+        others = sum(key[0] == owner and key[1] != session_id for key in self._kept)
+        if others >= self._limits.sessions and (owner, session_id) not in self._kept:
+            raise Problem(429, "There are too many sessions. Delete one.", "too_many_sessions", retry_after_seconds=60)
 
     def _forget_old(self) -> None:
         before = time.monotonic() - self._limits.session_seconds

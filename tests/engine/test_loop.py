@@ -156,7 +156,11 @@ def test_a_kept_cache_is_of_what_has_certainly_been_read(script: int, frames: in
     assert len(all_of(loop, stream)) == frames
     assert stream.prefix is not None
     # A frame is read by the step that draws the one after it, or the end.
-    assert len(stream.prefix.cache) == stream.prefix.positions == 5 + (frames if stream.finish_reason == "end" else frames - 1)
+    assert (
+        len(stream.prefix.cache)
+        == stream.prefix.positions
+        == 5 + (frames if stream.finish_reason == "end" else frames - 1)
+    )
 
 
 def test_guards_watch_each_stream_on_its_own() -> None:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aloud.engine.scheduler import STARVATION_FRAMES, MeasuredCost, Scheduler, SchedulerConfig
+from aloud.engine.cost import MeasuredCost
+from aloud.engine.scheduler import STARVATION_FRAMES, Scheduler, SchedulerConfig
 
 # An eighth of a second and times that are multiples of 1/64: every sum below is exact in binary.
 FRAME = 0.125

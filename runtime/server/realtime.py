@@ -1,0 +1,421 @@
+"""`/v1/realtime`: as much of OpenAI's Realtime as a voice needs, so that its clients can make this server speak.
+
+There is no language model behind it: `response.create` speaks the texts of the conversation items that were created
+since the last response, whatever their role, or those in its own `input`. The responses of one socket are turns of one
+conversation. Audio is 16-bit little-endian mono at the model's rate, which is 24 kHz.
+
+| from the client | what it does |
+|---|---|
+| `session.update` | sets the voice, before anything was spoken; instructions, tools and turn detection mean nothing |
+| `conversation.item.create` | a message with text, to be spoken |
+| `response.create` | speak: `response.created`, `response.output_audio.delta` for each 80 ms, `response.done` |
+| `response.cancel` | stop at once; the `response.done` that follows says `cancelled` |
+
+Everything else is answered by one `error`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+import time
+from typing import Any, Literal
+
+from fastapi import APIRouter, WebSocket
+from pydantic import BaseModel, Field, TypeAdapter
+
+from aloud.live import Engine
+from aloud.live_speech import LiveSpeech
+from aloud.server.answer import Progress
+from aloud.server.connection import Connection, Door, SocketLimits, refuse
+from aloud.server.encode import FORMATS, encoder
+from aloud.server.metrics import Metrics
+from aloud.server.problems import Problem, problem_of
+from aloud.server.settings import Settings
+from aloud.server.voices import Registry
+from aloud.session import Session
+
+MAX_ITEMS = 256
+"""Conversation items that may wait to be spoken."""
+
+
+class VoiceId(BaseModel):
+    """A voice as an object."""
+
+    id: str
+
+
+class OutputFormat(BaseModel):
+    """What the audio is."""
+
+    type: Literal["audio/pcm"] = "audio/pcm"
+    rate: int | None = None
+
+
+class Output(BaseModel):
+    """How to speak."""
+
+    voice: str | VoiceId | None = None
+    format: OutputFormat | None = None
+    speed: float | None = Field(default=None, ge=1, le=1)
+
+
+class SessionAudio(BaseModel):
+    """The audio part of a session."""
+
+    output: Output | None = None
+
+
+class SessionFields(BaseModel):
+    """What is looked at in `session.update`."""
+
+    type: Literal["realtime"] = "realtime"
+    audio: SessionAudio | None = None
+
+
+class Content(BaseModel):
+    """A part of a message."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+
+class Item(BaseModel):
+    """A message with text."""
+
+    type: Literal["message"] = "message"
+    id: str | None = Field(default=None, max_length=64)
+    role: Literal["user", "assistant", "system"] = "user"
+    content: list[Content] = Field(min_length=1, max_length=64)
+
+    @property
+    def text(self) -> str:
+        """What is to be spoken."""
+        return " ".join(part.text for part in self.content)
+
+
+class ResponseFields(BaseModel):
+    """What is looked at in `response.create`."""
+
+    input: list[Item] | None = Field(default=None, max_length=MAX_ITEMS)
+    audio: SessionAudio | None = None
+
+
+class ClientEvent(BaseModel):
+    """What a client sends."""
+
+    type: str
+    event_id: str | None = Field(default=None, max_length=512)
+    session: SessionFields | None = None
+    item: Item | None = None
+    response: ResponseFields | None = None
+    response_id: str | None = None
+
+
+EVENT: TypeAdapter[ClientEvent] = TypeAdapter(ClientEvent)
+
+
+class EventHead(BaseModel):
+    """Who an event is from and what it is, whatever else is wrong with it."""
+
+    type: str = ""
+    event_id: str | None = None
+
+
+def realtime_routes(
+    engine: Engine, settings: Settings, registry: Registry, metrics: Metrics, limits: SocketLimits | None = None
+) -> APIRouter:
+    """The route of Realtime."""
+    router = APIRouter()
+    bounds = SocketLimits() if limits is None else limits
+    door = Door(bounds)
+
+    @router.websocket("/v1/realtime")
+    async def realtime(websocket: WebSocket) -> None:
+        """Speak, until the client leaves."""
+        try:
+            with door.entered(websocket):
+                # Browsers ask for one subprotocol of several, and take it amiss when none is chosen.
+                chosen = "realtime" if "realtime" in websocket.scope.get("subprotocols", []) else None
+                await websocket.accept(chosen)
+                await RealtimeSocket(websocket, engine, settings, registry, metrics, bounds).run()
+        except Problem as problem:
+            await refuse(websocket, problem)
+
+    return router
+
+
+class RealtimeSocket:
+    """One client's socket and its conversation."""
+
+    def __init__(
+        self,
+        websocket: WebSocket,
+        engine: Engine,
+        settings: Settings,
+        registry: Registry,
+        metrics: Metrics,
+        limits: SocketLimits,
+    ) -> None:
+        self._owner: str = websocket.scope["state"]["owner"]
+        self._log: dict[str, Any] = {"turns": 0, "audio_s": 0.0}
+        websocket.scope["state"]["log"] = self._log
+        self._connection = Connection(websocket, limits)
+        self._engine = engine
+        self._settings = settings
+        self._registry = registry
+        self._metrics = metrics
+        self._id = _id("sess")
+        self._voice = "alloy"
+        self._session: Session | None = None  # from the first response on
+        self._items: list[str] = []  # texts that wait to be spoken
+        self._last_item: str | None = None  # id
+        self._asked_by: str | None = None  # the event that is being answered
+        self._response: Response | None = None
+
+    async def run(self) -> None:
+        """Until the socket ends; nothing is left of it then."""
+        await self._send("session.created", session=self._described())
+        try:
+            await self._connection.run(self._take, self._error)
+        finally:
+            if self._response is not None:
+                await self._response.stop()
+
+    async def _take(self, text: str) -> None:
+        """What one message asks for."""
+        self._asked_by = None
+        head = TypeAdapter(EventHead).validate_json(text)
+        self._asked_by = head.event_id
+        if head.type not in ("session.update", "conversation.item.create", "response.create", "response.cancel"):
+            raise Problem(400, "This server only speaks: it does not know this event.", "unknown_event", "type")
+        event = EVENT.validate_json(text)
+        match event.type:
+            case "session.update":
+                await self._update(event.session or SessionFields())
+            case "conversation.item.create":
+                await self._create_item(event.item)
+            case "response.create":
+                await self._respond(event.response or ResponseFields())
+            case "response.cancel":
+                if self._response is None or event.response_id not in (None, self._response.id):
+                    raise Problem(400, "Nothing is being spoken.", "response_cancel_not_active")
+                await self._response.stop()
+
+    async def _update(self, fields: SessionFields) -> None:
+        await self._set_voice(fields.audio)
+        await self._send("session.updated", session=self._described())
+
+    async def _set_voice(self, audio: SessionAudio | None) -> None:
+        output = None if audio is None else audio.output
+        if output is None:
+            return
+        rate = self._engine.runtime.sample_rate
+        if output.format is not None and output.format.rate not in (None, rate):
+            raise Problem(400, f"The audio has {rate:,} samples a second.", "rate_unsupported", "format.rate")
+        if output.voice is None:
+            return
+        name = output.voice if isinstance(output.voice, str) else output.voice.id
+        if self._session is not None and name != self._voice:
+            raise Problem(400, "A voice cannot change once it has spoken.", "cannot_update_voice", "voice")
+        await asyncio.to_thread(self._registry.voice, self._owner, name)  # so that it is there, or not
+        self._voice = name
+
+    async def _create_item(self, item: Item | None) -> None:
+        if item is None:
+            raise Problem(400, "The item is missing.", "item_missing", "item")
+        if len(self._items) >= MAX_ITEMS:
+            raise Problem(400, f"{MAX_ITEMS} items wait to be spoken. Create a response.", "too_many_items", "item")
+        self._check_length([*self._items, item.text])
+        self._items.append(item.text)
+        before, self._last_item = self._last_item, item.id or _id("item")
+        content = [{"type": part.type, "text": part.text} for part in item.content]
+        described = _message(self._last_item, item.role, "completed", content)
+        for name in ("conversation.item.added", "conversation.item.done"):
+            await self._send(name, previous_item_id=before, item=described)
+
+    async def _respond(self, fields: ResponseFields) -> None:
+        if self._response is not None:
+            raise Problem(400, "A response is being spoken.", "conversation_already_has_active_response")
+        texts = self._items if fields.input is None else [item.text for item in fields.input]
+        if not texts:
+            raise Problem(400, "There is nothing to say: create an item first.", "nothing_to_say", "response")
+        self._check_length(texts)
+        await self._set_voice(fields.audio)
+        if self._session is None:
+            voice, speaker = await asyncio.to_thread(self._registry.voice, self._owner, self._voice)
+            self._session = self._engine.session(voice=voice, speaker=speaker)
+        if fields.input is None:
+            self._items = []
+        text = " ".join(texts)
+        speech = self._session.stream(text, lead_seconds=self._settings.limits.lead_seconds)
+        self._response = Response(self, speech, text)
+
+    def _check_length(self, texts: list[str]) -> None:
+        most = self._settings.limits.text_characters
+        if sum(map(len, texts)) + len(texts) > most:
+            raise Problem(400, f"A response may have {most:,} characters.", "input_too_long", "text")
+
+    # --- for its response ---------------------------------------------------------------------------------------------
+
+    async def _send(self, event_type: str, **fields: Any) -> None:
+        await self._connection.send({"type": event_type, "event_id": _id("event"), **fields})
+
+    async def send_of_response(self, event_type: str, fields: dict[str, Any]) -> None:
+        """Send an event of the response."""
+        await self._send(event_type, **fields)
+
+    def audio_format(self) -> dict[str, Any]:
+        """How audio is described."""
+        return {
+            "output": {
+                "format": {"type": "audio/pcm", "rate": self._engine.runtime.sample_rate},
+                "voice": self._voice,
+            }
+        }
+
+    def tokens(self, text: str) -> int:
+        """How many a text has."""
+        return len(self._engine.runtime.tokenizer.encode(text))
+
+    def begun(self) -> None:
+        """The response is being spoken; `count` ends that."""
+        self._metrics.speaking += 1
+
+    def over(self, item_id: str) -> None:
+        """The response has been spoken."""
+        self._response, self._last_item = None, item_id
+
+    def count(self, progress: Progress, outcome: str, error: BaseException | None) -> None:
+        """For the metrics and the log."""
+        self._metrics.speaking -= 1
+        self._metrics.requests.labels(outcome).inc()
+        self._log["turns"] += 1
+        if error is not None:
+            self._log["error"] = type(error).__name__
+        if progress.first_audio is None:
+            return
+        self._log["audio_s"] = round(self._log["audio_s"] + progress.audio_seconds, 2)
+        self._metrics.first_audio.observe(progress.first_audio - progress.asked)
+        self._metrics.audio_seconds.inc(progress.audio_seconds)
+        self._metrics.underrun_seconds.inc(progress.underrun_seconds)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "type": "realtime",
+            "object": "realtime.session",
+            "id": self._id,
+            "model": self._settings.model,
+            "output_modalities": ["audio"],
+            "audio": self.audio_format(),
+        }
+
+    def _error(self, problem: Problem) -> dict[str, Any]:
+        described: Any = problem.body["error"]
+        return {"type": "error", "event_id": _id("event"), "error": described | {"event_id": self._asked_by}}
+
+
+class Response:
+    """One response while it is spoken."""
+
+    def __init__(self, socket: RealtimeSocket, speech: LiveSpeech, text: str) -> None:
+        self.id = _id("resp")
+        self._item_id = _id("item")
+        self._socket = socket
+        self._speech = speech
+        self._text = text
+        self._frames = 0
+        self._task = asyncio.ensure_future(self._run())
+
+    async def stop(self) -> None:
+        """Stop speaking, and say so; as the socket ends, nobody hears it.
+
+        The task has begun by then: the socket has waited for a message since, so what it says in the end is said.
+        """
+        self._speech.cancel()
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    async def _run(self) -> None:
+        status = "failed"
+        details: dict[str, Any] | None = None
+        progress, outcome, failure = Progress(time.monotonic()), "client_gone", None
+        where = {"response_id": self.id, "item_id": self._item_id, "output_index": 0, "content_index": 0}
+        self._socket.begun()
+        try:
+            await self._begin(where)
+            encoded = encoder(FORMATS["pcm"], 0)
+            async with self._speech:
+                async for chunk in self._speech:
+                    progress.made(chunk)
+                    delta = base64.b64encode(encoded.feed(chunk.samples)).decode()
+                    await self._socket.send_of_response("response.output_audio.delta", where | {"delta": delta})
+                    self._frames += 1
+            status, outcome = "completed", "finished"
+            if self._speech.finish_reason == "length":
+                status, details = "incomplete", {"type": "incomplete", "reason": "max_output_tokens"}
+        except asyncio.CancelledError:
+            status, details = "cancelled", {"type": "cancelled", "reason": "client_cancelled"}
+        except Exception as error:
+            failure, problem = error, problem_of(error)
+            outcome = "refused" if problem.status in (429, 503) else "failed"
+            kind = "invalid_request_error" if problem.status < 500 else "server_error"
+            details = {"type": "failed", "error": {"type": kind, "code": problem.code, "message": problem.message}}
+        finally:
+            self._socket.count(progress, outcome, failure)
+        await self._end(where, status, details)
+
+    async def _begin(self, where: dict[str, Any]) -> None:
+        send, item = self._socket.send_of_response, _message(self._item_id, "assistant", "in_progress", [])
+        await send("response.created", {"response": self._described("in_progress", None, [])})
+        await send("response.output_item.added", {"response_id": self.id, "output_index": 0, "item": item})
+        await send("response.content_part.added", where | {"part": {"type": "audio", "transcript": ""}})
+        await send("response.output_audio_transcript.delta", where | {"delta": self._text})
+
+    async def _end(self, where: dict[str, Any], status: str, details: dict[str, Any] | None) -> None:
+        send = self._socket.send_of_response
+        content = [{"type": "output_audio", "transcript": self._text}]
+        item = _message(self._item_id, "assistant", "completed" if status == "completed" else "incomplete", content)
+        await send("response.output_audio.done", where)
+        await send("response.output_audio_transcript.done", where | {"transcript": self._text})
+        await send("response.content_part.done", where | {"part": {"type": "audio", "transcript": self._text}})
+        await send("response.output_item.done", {"response_id": self.id, "output_index": 0, "item": item})
+        await send("response.done", {"response": self._described(status, details, [item])})
+        self._socket.over(self._item_id)
+
+    def _described(self, status: str, details: dict[str, Any] | None, output: list[Any]) -> dict[str, Any]:
+        described: dict[str, Any] = {
+            "object": "realtime.response",
+            "id": self.id,
+            "status": status,
+            "status_details": details,
+            "output": output,
+            "output_modalities": ["audio"],
+            "audio": self._socket.audio_format(),
+        }
+        if status != "in_progress":
+            read = self._socket.tokens(self._text)
+            described["usage"] = {
+                "input_tokens": read,
+                "output_tokens": self._frames,
+                "total_tokens": read + self._frames,
+            }
+        return described
+
+
+def _message(item_id: str, role: str, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "object": "realtime.item",
+        "id": item_id,
+        "type": "message",
+        "status": status,
+        "role": role,
+        "content": content,
+    }
+
+
+def _id(kind: str) -> str:
+    return f"{kind}_{secrets.token_hex(10)}"

@@ -1,0 +1,208 @@
+"""A conversation as positions: cached prefix and prompt together are voice, turns and text, and they always fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aloud.conversation import Conversation, join
+from aloud.engine.stream import Prefix
+from aloud.errors import ContextTooLong
+from aloud.request import Prompt
+from aloud.voice import Voice
+
+CODEBOOKS, END_TOKEN, POSITIONS = 2, 0, 40
+CONFIG = SimpleNamespace(codebooks=CODEBOOKS, end_token=END_TOKEN)
+
+
+class Writer:
+    """Makes prompts of numbers that never come twice."""
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def text(self, positions: int) -> Prompt:
+        tokens = self._numbers(positions)
+        return Prompt(tokens, torch.zeros(positions, CODEBOOKS, dtype=torch.int64))
+
+    def frames(self, count: int) -> torch.Tensor:
+        return self._numbers(count)[:, None].expand(count, CODEBOOKS)
+
+    def heard(self, words: int, frames: int) -> Prompt:
+        return join([self.text(words), *audio(self.frames(frames))])
+
+    def _numbers(self, count: int) -> torch.Tensor:
+        self.last += count
+        return torch.arange(self.last - count + 1, self.last + 1)
+
+
+def audio(codes: torch.Tensor) -> list[Prompt]:
+    """Frames and the end behind them, as positions; nothing for no frames."""
+    if not len(codes):
+        return []
+    rows = torch.cat([codes, torch.full((1, CODEBOOKS), END_TOKEN)])
+    return [Prompt(torch.full((len(rows),), -1), rows)]
+
+
+def content(prompt: Prompt) -> list[tuple[int, ...]]:
+    """What stands at each position: the text token, then the codes."""
+    return [(token, *codes) for token, codes in zip(prompt.text_tokens.tolist(), prompt.codes.tolist(), strict=True)]
+
+
+def cache_of(positions: list[tuple[int, ...]]) -> Prefix:
+    """A cache that says what was read."""
+    return Prefix(len(positions), torch.tensor(positions, dtype=torch.int64).reshape(-1, CODEBOOKS + 1))
+
+
+def read_by(prefix: Prefix | None) -> list[tuple[int, ...]]:
+    return [] if prefix is None else [tuple(row) for row in prefix.cache.tolist()]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A turn of somebody else; `is_read` as `Session.hear` does, else only added, as what is restored."""
+
+    words: int
+    frames: int
+    is_read: bool
+
+
+@dataclass(frozen=True)
+class Said:
+    """A turn of one's own, of up to `bound` frames of which some are made.
+
+    way: it ended by itself, was cut at a frame, or was cancelled with less handed out.
+    """
+
+    words: int
+    bound: int
+    share: float
+    way: str
+
+
+sizes = st.integers(1, 14)
+turns = st.one_of(
+    st.builds(Heard, sizes, st.integers(0, 8), st.booleans()),
+    st.builds(Said, sizes, st.integers(1, 60), st.floats(0, 1), st.sampled_from(["end", "cut", "cancelled"])),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 12), st.lists(sizes, max_size=2), st.lists(turns, max_size=12))
+def test_it_is_its_voice_and_its_last_turns(
+    voice_positions: int, context: list[int], script: list[Heard | Said]
+) -> None:
+    writer = Writer()
+    voice_content = content(writer.text(voice_positions))
+    voice = Voice(None, cache_of(voice_content)) if voice_positions else None  # type: ignore[arg-type]
+    conversation = Conversation(CONFIG, voice, POSITIONS)  # type: ignore[arg-type]
+    pinned = [writer.text(words) for words in context]
+    for prompt in pinned:
+        conversation.add(prompt)
+    conversation.pin()
+    first = [content(prompt) for prompt in pinned]
+    fixed = voice_positions + sum(context)  # positions that are never dropped
+    everything: list[list[tuple[int, ...]]] = []  # every turn that ever was
+
+    def kept() -> list[list[tuple[int, ...]]]:
+        left = [*first, *everything[conversation.dropped_turns :]]
+        assert [content(turn) for turn in conversation.turns] == left  # whole, and the youngest
+        return left
+
+    def flat(parts: list[list[tuple[int, ...]]]) -> list[tuple[int, ...]]:
+        return [*voice_content, *(position for part in parts for position in part)]
+
+    def check_dropped(before: int, most: int) -> None:
+        """Nothing where it fitted; else the oldest, until no more than half is left, or one that fits."""
+        if before <= most:
+            assert conversation.dropped_turns == dropped
+            return
+        after = conversation.positions
+        assert after <= most
+        left = len(conversation.turns) - len(first)
+        assert left <= 1 or after <= fixed + (most - fixed) // 2
+        with_one_more = after + len(everything[conversation.dropped_turns - 1])
+        assert with_one_more > (most if left == 0 else fixed + (most - fixed) // 2)
+
+    for turn in script:
+        dropped, rebuilds, cached_before = conversation.dropped_turns, conversation.rebuilds, conversation.cached
+        if isinstance(turn, Heard):
+            prompt = writer.heard(turn.words, turn.frames)
+            if fixed + len(prompt) > POSITIONS:
+                continue  # refused before it comes here
+            conversation.add(prompt)
+            everything.append(content(prompt))
+            before = conversation.positions
+            conversation.make_room()
+            check_dropped(before, POSITIONS)
+            if turn.is_read:
+                unread = conversation.unread()
+                whole = read_by(conversation.cached) + ([] if unread is None else content(unread))
+                assert whole == flat(kept())
+                conversation.has_read(cache_of(whole))
+                assert conversation.unread() is None
+                assert conversation.cached_positions == conversation.positions
+        else:
+            text = writer.text(turn.words)
+            if fixed + turn.words > POSITIONS:
+                with pytest.raises(ContextTooLong):
+                    conversation.prompt_for(text, turn.bound)
+                continue
+            before = conversation.positions
+            prefix, prompt = conversation.prompt_for(text, turn.bound)
+            whole = read_by(prefix) + content(prompt)
+            assert whole == flat(kept()) + content(text)
+            room = conversation.room_frames(text)
+            assert room == POSITIONS + 1 - len(whole) >= 1
+            most = POSITIONS + 1 - turn.words - min(turn.bound, POSITIONS + 1 - turn.words - fixed)
+            check_dropped(before, most)
+            made = max(1, round(turn.share * min(turn.bound, room)))
+            codes = writer.frames(made)
+            spoken = join([text, *audio(codes)])
+            rows = content(spoken)
+            read = {"end": len(text) + made, "cut": len(text) + made - 1, "cancelled": None}[turn.way]
+            if read is not None and whole and len(whole) - len(text) + read > POSITIONS:
+                read = POSITIONS - len(whole) + len(text)  # it filled the slot: it was cut
+            conversation.add_spoken(
+                text, codes, None if read is None else cache_of(whole[: len(whole) - len(text)] + rows[:read])
+            )
+            everything.append(rows)
+        kept()
+        if conversation.dropped_turns == dropped or cached_before is (None if voice is None else voice.prefix):
+            assert conversation.rebuilds == rebuilds
+        else:
+            assert conversation.rebuilds == rebuilds + 1
+        assert conversation.cached_positions <= conversation.positions
+        assert read_by(conversation.cached) == flat(kept())[: conversation.cached_positions]
+        assert conversation.positions == len(flat(kept()))
+
+
+def test_voice_and_text_that_do_not_fit_are_refused_before_anything_is_dropped() -> None:
+    writer = Writer()
+    conversation = Conversation(CONFIG, None, 20)  # type: ignore[arg-type]
+    conversation.add(writer.heard(5, 2))
+    with pytest.raises(ContextTooLong, match=r"^Voice, context and text take 23 positions, 3 more than there are"):
+        conversation.prompt_for(writer.text(23), 1)
+    assert len(conversation.turns) == 1
+    prefix, prompt = conversation.prompt_for(writer.text(20), 9)
+    assert prefix is None
+    assert len(prompt) == 20
+    assert conversation.room_frames(prompt) == 1
+    assert conversation.dropped_turns == 1
+
+
+def test_what_is_taken_back_was_never_there() -> None:
+    writer = Writer()
+    conversation = Conversation(CONFIG, None, 20)  # type: ignore[arg-type]
+    first = writer.heard(3, 2)
+    conversation.add(first)
+    conversation.has_read(cache_of(content(first)))
+    conversation.add(writer.heard(2, 0))
+    conversation.take_back()
+    assert conversation.unread() is None
+    assert content(join(conversation.turns)) == content(first)

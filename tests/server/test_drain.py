@@ -1,0 +1,148 @@
+"""`aloud serve` as a process: it starts, speaks, drains at a signal and stops at the second."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from server.running import LONG, asked, assert_problem, wait_until
+
+from aloud.checkpoint.random import write_random
+
+KEY = "a-key-for-the-test"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("process")
+    write_random(folder / "model", "small", seed=0, dtype="float32")
+    (folder / "keys").write_text(f"\n{KEY}\nanother\n")
+    return folder
+
+
+@contextmanager
+def process(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "aloud.cli",
+        "serve",
+        str(folder / "model"),
+        "--device",
+        "cpu",
+        "--port",
+        str(port),
+    ]
+    command += ["--api-key-file", str(folder / "keys"), "--max-streams", "2", "--max-positions", "600", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    headers = {"authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60, trust_env=False) as client:
+        try:
+            wait_until(lambda: is_ready(client) or running.poll() is not None, 60)
+            assert running.poll() is None
+            yield running, client
+        finally:
+            running.kill()
+            running.communicate()
+
+
+def is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_it_drains(folder: Path) -> None:
+    """The speech that runs is finished, sentence by sentence, while new ones are sent away; then it exits with 0."""
+    with process(folder) as (running, client):
+        assert client.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+        body = asked(input="One. Two.", max_seconds=6)  # the second sentence begins after the signal
+        whole = client.post("/v1/audio/speech", json=body)
+        assert len(whole.content) == 2 * 75 * 1920
+        received = b""
+        done = threading.Event()
+
+        def listen() -> None:
+            nonlocal received
+            with (
+                httpx.Client(base_url=client.base_url, timeout=60, trust_env=False) as other,
+                other.stream("POST", "/v1/audio/speech", json=body, headers=client.headers) as answer,
+            ):
+                for part in answer.iter_raw():
+                    received += part
+            done.set()
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        wait_until(lambda: bool(received))
+        running.send_signal(signal.SIGTERM)
+        wait_until(lambda: not is_ready(client))
+        refused = client.post("/v1/audio/speech", json=asked())
+        if not done.is_set():
+            assert_problem(refused, 503, "draining")
+            assert refused.headers["retry-after"] == "5"
+            assert refused.headers["x-should-retry"] == "true"
+            assert_problem(client.get("/health/ready"), 503, "draining")
+            assert client.get("/health/live").status_code == 200
+        thread.join(60)
+        assert done.is_set()
+        assert received == whole.content
+        assert running.wait(20) == 0
+        assert "Traceback" not in running.stderr.read()  # type: ignore[union-attr]
+
+
+def test_the_second_signal_ends_it(folder: Path) -> None:
+    body = asked(input=LONG * 2, max_seconds=30)
+    with process(folder) as (running, client), client.stream("POST", "/v1/audio/speech", json=body) as answer:
+        parts = answer.iter_raw()
+        next(parts)
+        running.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert running.poll() is None
+        running.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        running.wait(10)
+        assert time.monotonic() - began < 5
+        with pytest.raises(httpx.TransportError):
+            for _ in parts:
+                pass
+
+
+def test_the_limit_of_draining(folder: Path) -> None:
+    with process(folder, "--drain-seconds", "0.2") as (running, client):
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(10) == 0
+        with pytest.raises(httpx.TransportError):
+            client.get("/health/live")
+
+
+def test_a_key_file_without_keys(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n \n")
+    command = [
+        sys.executable,
+        "-m",
+        "aloud.cli",
+        "serve",
+        str(folder / "model"),
+        "--api-key-file",
+        str(tmp_path / "empty"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "no key" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,175 @@
+"""Voices: kept, used, listed, deleted; their owner's alone; names that are never paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from server.running import Running, asked, assert_problem, serving, wav
+
+from aloud import Engine, Segment, read_audio
+from aloud.audio_file import to_int16
+from aloud.server.settings import Limits, Settings
+from oracle.csm import speech_like
+
+KEYS = ("one", "two")
+BAD_NAMES = [
+    "..", ".", "../x", "..%2fx", "/etc/passwd", "a/b", "a\\b", "..\\x", "a.b", ".hidden", "A", "a b", "é", "a\n", "a\0",
+    "x" * 65, "%2e%2e", "~", "$HOME", "a;b", "con:", "‮x", "public/x", "a" + "/.." * 10,
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "voices"
+
+
+@pytest.fixture
+def kept(engine: Engine, folder: Path) -> Iterator[Running]:
+    """A server with two keys that keeps its voices, three for each."""
+    settings = Settings(model="small", keys=KEYS, voices=folder, limits=Limits(voices=3, sample_seconds=2.0))
+    with serving(engine, settings) as running:
+        yield running
+
+
+def add(client: httpx.Client, name: str, data: bytes, **fields: str) -> httpx.Response:
+    form = {"name": name, "consent": "I agree.", "text": "Hello.", **fields}
+    return client.post("/v1/audio/voices", data=form, files={"audio_sample": ("s.wav", data, "audio/wav")})
+
+
+def say(client: httpx.Client, voice: object, **body: object) -> httpx.Response:
+    return client.post("/v1/audio/speech", json=asked(voice=voice, max_seconds=0.4, **body))
+
+
+def test_a_voice_is_kept_and_speaks(kept: Running, folder: Path, seed: int) -> None:
+    sample = wav(speech_like(1.0, seed))
+    with kept.client("one") as client:
+        plain = say(client, "alloy")
+        made = add(client, "mine", sample)
+        assert made.status_code == 201
+        record = made.json()
+        assert (record["name"], record["text"], record["consent"], record["seconds"]) == (
+            "mine",
+            "Hello.",
+            "I agree.",
+            1,
+        )
+        spoken = say(client, "mine")
+        assert spoken.status_code == 200
+        assert spoken.content != plain.content
+        assert say(client, {"id": "mine"}).content == spoken.content
+        listed = client.get("/v1/audio/voices").json()
+        assert [voice["name"] for voice in listed["voices"]] == ["mine"]
+        assert listed["aliases"]["alloy"] == 0
+        assert len(listed["aliases"]) == 13
+
+        (owner,) = folder.iterdir()
+        assert "one" not in owner.name
+        stored = owner / "mine" / "sample.wav"
+        assert hashlib.sha256(stored.read_bytes()).hexdigest() == record["sha256"]
+        assert json.loads((owner / "mine" / "voice.json").read_text()) == record
+        voice = kept.engine.runtime.voice([Segment("Hello.", read_audio(stored, sample_rate=24_000), speaker=0)])
+        alone = kept.engine.speak_sync("Hello there, nice to hear you.", voice=voice, seed=7, max_seconds=0.4)
+        assert to_int16(alone.samples).astype("<i2").tobytes()[:1000] == spoken.content[:1000]
+
+        assert client.delete("/v1/audio/voices/mine").status_code == 204
+        assert not (owner / "mine").exists()
+        assert_problem(say(client, "mine"), 404, "voice_not_found")
+        assert_problem(client.delete("/v1/audio/voices/mine"), 404)
+
+
+def test_they_are_there_after_a_restart(engine: Engine, folder: Path, seed: int) -> None:
+    settings = Settings(model="small", voices=folder)
+    with serving(engine, settings) as running, running.client() as client:
+        add(client, "mine", wav(speech_like(0.5, seed)))
+        spoken = say(client, "mine").content
+    with serving(engine, settings) as running, running.client() as client:
+        assert say(client, "mine").content == spoken
+
+
+def test_a_voice_of_another_key_is_not_there(kept: Running, seed: int) -> None:
+    """Neither listed nor used nor deleted nor in the way; nor is what was read of it."""
+    with kept.client("one") as one, kept.client("two") as two:
+        add(one, "shared-name", wav(speech_like(0.5, seed)))
+        add(one, "private", wav(speech_like(0.5, seed + 1)))
+        ones = say(one, "shared-name").content
+        say(one, "private")  # is read, and stays read
+        assert two.get("/v1/audio/voices").json()["voices"] == []
+        hits = kept.engine.stats().prefix_hits
+        for answer in (
+            say(two, "private"),
+            say(two, {"id": "private"}),
+            say(two, "private", session_id="steal"),
+            two.delete("/v1/audio/voices/private"),
+            two.put("/v1/sessions/steal", json={"version": 1, "voice": "private", "turns": []}),
+        ):
+            assert_problem(answer, 404, "voice_not_found")
+        assert kept.engine.stats().prefix_hits == hits
+        assert add(two, "shared-name", wav(speech_like(0.5, seed + 2))).status_code == 201
+        assert say(two, "shared-name").content != ones
+        assert say(one, "shared-name").content == ones
+        assert two.delete("/v1/audio/voices/shared-name").status_code == 204
+        assert say(one, "shared-name").content == ones
+
+
+def test_the_same_sample_is_read_for_each_key(kept: Running, seed: int) -> None:
+    """Who has the same recording cannot tell from the time it takes that another has it, too."""
+    sample = wav(speech_like(0.5, seed))
+    with kept.client("one") as one, kept.client("two") as two:
+        for client in (one, two):
+            add(client, "same", sample)
+            before = kept.engine.stats().prefill_positions
+            say(client, "same")
+            first = kept.engine.stats().prefill_positions - before
+            say(client, "same")
+            assert kept.engine.stats().prefill_positions - before - first < first
+
+
+def test_public_voices_are_everybodys_and_nobodys_to_delete(kept: Running, folder: Path, seed: int) -> None:
+    with kept.client("one") as one, kept.client("two") as two:
+        add(one, "narrator", wav(speech_like(0.5, seed)))
+        (owner,) = folder.iterdir()
+        (folder / "public").mkdir()
+        os.rename(owner / "narrator", folder / "public" / "narrator")
+        assert say(one, "narrator").content == say(two, "narrator").content
+        assert [voice["name"] for voice in two.get("/v1/audio/voices").json()["voices"]] == ["narrator"]
+        assert_problem(one.delete("/v1/audio/voices/narrator"), 404)
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
+def test_names_are_never_paths(kept: Running, folder: Path, name: str, seed: int) -> None:
+    (folder.parent / "x").mkdir()
+    before = sorted(folder.parent.rglob("*"))
+    with kept.client("one") as client:
+        assert_problem(add(client, name, wav(speech_like(0.1, seed))), 400)
+        answer = say(client, name)
+        assert_problem(answer, 400)
+        assert str(folder) not in answer.text
+        assert_problem(say(client, {"id": name}), 400)
+        path = "".join(f"%{byte:02x}" for byte in name.encode())
+        assert client.delete(f"/v1/audio/voices/{path}").status_code in (400, 404)
+        assert client.get(f"/v1/sessions/{path}").status_code in (400, 404)
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def test_what_cannot_be_added(kept: Running, seed: int) -> None:
+    sample = wav(speech_like(0.2, seed))
+    with kept.client("one") as client:
+        assert_problem(add(client, "alloy", sample), 409, "name_taken")
+        assert_problem(add(client, "long", wav(speech_like(2.1, seed))), 400, "AudioTooLong")
+        assert_problem(add(client, "none", wav(speech_like(0.0, seed))), 400, "AudioEmpty")
+        assert_problem(add(client, "mute", sample, consent=""), 400)
+        assert client.get("/v1/audio/voices").json()["voices"] == []
+        for name in ("a", "b", "c"):
+            assert add(client, name, sample).status_code == 201
+        assert_problem(add(client, "a", sample), 409, "name_taken")
+        assert_problem(add(client, "d", sample), 409, "too_many_voices")
+        assert client.delete("/v1/audio/voices/a").status_code == 204
+        assert add(client, "d", sample, ref_text="Hello again.").json()["text"] == "Hello again."
+    with kept.client("two") as client:
+        assert add(client, "a", sample).status_code == 201
