@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,17 @@ from aloud.engine.steps import EagerSteps
 from aloud.engine.stream import Job
 from aloud.request import Prompt
 from aloud.text.csm import Turn, build_prompt, turn_text
+
+
+def never_ending(runtime: Runtime, sampling: Sampling, *, max_streams: int) -> Runtime:
+    """The runtime, with a model that does not end its speech by chance, as random weights do.
+
+    Its end token is one that the codec has no entry for, and that is never drawn.
+    """
+    config = runtime.config
+    assert config.drawable < config.audio_vocabulary
+    model = replace(runtime.model, config=replace(config, end_token=config.audio_vocabulary - 1))
+    return Runtime(model, runtime.tokenizer, sampling, runtime.name, max_streams=max_streams)
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from live.quick import QuickSteps, is_empty, quick_runtime, run, until
 
 from aloud import Engine, Segment, errors
+from live.quick import QuickSteps, is_empty, quick_runtime, run, until
 
 HELLO = "Hello there how are you today?"
 LONG = "One thing follows from another, as it does. " * 4  # in pieces

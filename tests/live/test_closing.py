@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from live.quick import LIMIT_SECONDS, Held, codes_of, is_empty, run, until
 
 from aloud import Engine, errors
 from aloud.arrivals import CHECK_SECONDS
 from aloud.engine.stream import Stream
+from live.quick import LIMIT_SECONDS, Held, codes_of, is_empty, run, until
 
 HELLO = "Hello there how are you today?"
 LONG = "One thing follows from another, as it does. " * 4  # in pieces

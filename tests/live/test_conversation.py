@@ -92,7 +92,7 @@ turns = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(0, 12), st.lists(sizes, max_size=2), st.lists(turns, max_size=12))
 def test_it_is_its_voice_and_its_last_turns(
     voice_positions: int, context: list[int], script: list[Heard | Said]

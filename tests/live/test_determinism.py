@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live.quick import QuickSteps, is_empty, quick_runtime, until
 
 from aloud import Audio, Engine, Runtime, Segment, errors
 from aloud.voice import Voice
+from live.quick import QuickSteps, is_empty, quick_runtime, until
 from oracle import csm as oracle
 
 REQUESTS = 200

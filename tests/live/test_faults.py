@@ -9,11 +9,11 @@ from itertools import count, product
 import numpy as np
 import pytest
 import torch
-from live.quick import Fault, QuickSteps, is_empty, quick_job
 
 from aloud.engine.loop import Loop
 from aloud.engine.stream import Job, Stream
 from aloud.errors import LogitsNotFinite, OutOfMemory, StepFailed
+from live.quick import Fault, QuickSteps, is_empty, quick_job
 from scripted import CODEBOOKS, FRAME_RATE
 
 ERRORS: tuple[type[Exception], ...] = (RuntimeError, MemoryError, torch.OutOfMemoryError)

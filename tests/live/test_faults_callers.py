@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from live.quick import LIMIT_SECONDS, Fault, QuickSteps, is_empty, quick_runtime, until
 
 from aloud import Audio, Engine
 from aloud.errors import AloudError, OutOfMemory, StepFailed
+from live.quick import LIMIT_SECONDS, Fault, QuickSteps, is_empty, quick_runtime, until
 from scripted import CODEBOOKS
 
 ERRORS: tuple[type[Exception], ...] = (RuntimeError, MemoryError, torch.OutOfMemoryError)
@@ -49,6 +49,9 @@ class Stage:
         task = asyncio.ensure_future(work)
         _, hanging = await asyncio.wait({task, *others}, timeout=LIMIT_SECONDS)
         assert not hanging, "a caller hangs"
+        for _ in range(5):  # what was cancelled ends in its next turns
+            await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "something is still being waited for"
         for other in others:
             np.testing.assert_array_equal(other.result().codes, self.aside)
         return asyncio.CancelledError() if task.cancelled() else task.exception()

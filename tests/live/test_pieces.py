@@ -13,8 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live.afresh import Transcript, codes_of, said_afresh, samples_of
-from live.quick import QuickSteps, quick_runtime
 
 from aloud import Audio, Engine, Guards, LiveSpeech, Runtime, Sampling, errors
 from aloud.conversation import Conversation
@@ -24,6 +22,8 @@ from aloud.models.csm import Csm, CsmState
 from aloud.request import Prompt
 from aloud.text.split import split
 from aloud.utterance import Manner, Utterance, Want
+from live.afresh import Transcript, codes_of, never_ending, said_afresh, samples_of
+from live.quick import QuickSteps, quick_runtime, until
 from oracle import csm as oracle
 from scripted import CODEBOOKS, CONFIG, FRAME_RATE, ScriptedModel, runtime_of
 
@@ -60,8 +60,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     seed: int = request.config.getoption("--seed")
     config = oracle.small_config(codebooks=3, layers=1, rope=oracle.LLAMA3, positions=256)
     folder = oracle.save(oracle.random_model(config, seed), tmp_path_factory.mktemp("checkpoint"))
-    runtime = Runtime.load(folder, device="cpu", max_streams=2)
-    runtime.sampling = SAMPLING
+    runtime = never_ending(Runtime.load(folder, device="cpu"), SAMPLING, max_streams=2)
     with Engine(runtime) as made:
         yield made
 
@@ -138,7 +137,7 @@ def test_pieces_say_what_the_whole_text_says(engine: Engine, parts_of: Callable[
     assert_same(asyncio.run(heard(engine.stream(arriving(parts), **manner))), expected)  # type: ignore[arg-type]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from([TEXT, *SCRIPTS.values(), " ".join(SCRIPTS.values())]),
     st.lists(st.integers(0, 10_000), max_size=30),
@@ -689,8 +688,7 @@ def test_a_sync_text_may_block_in_another_thread(quick: Engine, seed: int) -> No
 
     thread = threading.Thread(target=listen)
     thread.start()
-    while not received and thread.is_alive():
-        pass
+    until(lambda: bool(received) or not thread.is_alive(), LIMIT_SECONDS)
     assert len(received) > 0
     was_heard.set()
     thread.join(LIMIT_SECONDS)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from live.afresh import Transcript, codes_of, said_afresh, samples_of
 
 from aloud import Audio, Engine, Guards, LiveSpeech, Runtime, Sampling, Segment, Session, Voice, errors
 from aloud.models.csm import Csm, CsmState
 from aloud.prompt_block import PromptBlock
 from aloud.request import Prompt
 from aloud.text.csm import Turn, build_prompt, turn_text
+from live.afresh import Transcript, codes_of, never_ending, said_afresh, samples_of
 from oracle import csm as oracle
 from scripted import END, ByteTokenizer, ScriptedModel, prompt_positions, runtime_of, said
 
@@ -37,9 +37,7 @@ class Made:
     voice_segments: list[Segment]
 
     def session(self, voice: Voice | None = None) -> Session:
-        return self.engine.session(
-            voice=voice, speaker=1, temperature=0.9, top_k=20, depth_temperature=0.8, depth_top_k=10
-        )
+        return self.engine.session(voice=voice, speaker=1)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     seed: int = request.config.getoption("--seed")
     config = oracle.small_config(codebooks=3, layers=1, rope=oracle.LLAMA3, positions=POSITIONS)
     folder = oracle.save(oracle.random_model(config, seed), tmp_path_factory.mktemp("checkpoint"))
-    runtime = Runtime.load(folder, device="cpu", max_streams=2)
+    runtime = never_ending(Runtime.load(folder, device="cpu"), SAMPLING, max_streams=2)
     segments = [Segment("Hi there.", oracle.speech_like(1.3, seed), 1)]
     with Engine(runtime) as engine:
         yield Made(runtime, engine, runtime.voice(segments), segments)
@@ -175,7 +173,7 @@ def test_the_oldest_turns_are_dropped_whole_and_the_voice_stays(made: Made, seed
     session = made.session(made.voice)
     everything: list[Prompt] = []
     rebuilds = 0
-    for number in range(9):
+    for number in range(7):
         text, frames = f"This is turn {number}.", 15 + number
         before = session.stats
         spoken = say(session, text, seed + number, frames)
@@ -202,7 +200,7 @@ def test_the_oldest_turns_are_dropped_whole_and_the_voice_stays(made: Made, seed
         else:
             assert stats.dropped_turns == before.dropped_turns
     assert rebuilds >= 2
-    assert session.stats.turns == len(session.turns) == 9 - session.stats.dropped_turns
+    assert session.stats.turns == len(session.turns) == 7 - session.stats.dropped_turns
 
 
 def test_turns_are_dropped_when_they_do_not_fit_and_half_of_them_at_once(made: Made, seed: int) -> None:

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from server.running import Lines, Running, is_idle, serving, wait_until
 
 from aloud import Engine, Runtime
 from aloud.checkpoint.random import write_random
+from server.running import Lines, Running, is_idle, serving, wait_until
 
 
 @pytest.fixture(scope="package")

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
-from server.running import LONG, TEXT, Running, asked, decoded, is_idle, serving, wait_until, wav
 
 from aloud import Engine
 from aloud.audio import Audio
@@ -21,6 +20,7 @@ from aloud.errors import Overloaded
 from aloud.live_speech import LiveSpeech
 from aloud.server.settings import Settings
 from oracle.csm import speech_like
+from server.running import LONG, TEXT, Running, asked, decoded, is_idle, serving, wait_until, wav
 
 KEY = "sk-a-test"
 EXTRA = {"seed": 7, "max_seconds": 0.8}

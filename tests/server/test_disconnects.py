@@ -11,9 +11,9 @@ import time
 
 import httpx
 import pytest
-from server.running import FRAME, LONG, Lines, Running, asked, is_idle, pcm, wait_until
 
 from aloud.engine.loop import Loop
+from server.running import FRAME, LONG, Lines, Running, asked, is_idle, pcm, wait_until
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server.running import LONG, asked, assert_problem, wait_until
 
 from aloud.checkpoint.random import write_random
+from server.running import LONG, asked, assert_problem, wait_until
 
 KEY = "a-key-for-the-test"
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server.running import LONG, TEXT, Lines, Running, asked, assert_problem, is_idle, serving, wait_until
 from starlette.routing import BaseRoute
 
 import aloud.server
@@ -23,6 +22,7 @@ from aloud import Engine
 from aloud.server import gate
 from aloud.server.app import create_app
 from aloud.server.settings import Limits, Settings
+from server.running import LONG, TEXT, Lines, Running, asked, assert_problem, is_idle, serving, wait_until
 
 KEYS = ("key-of-one-" + secrets.token_hex(8), "key-of-two-" + secrets.token_hex(8))
 

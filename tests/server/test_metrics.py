@@ -7,9 +7,9 @@ import re
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from server.running import LONG, Running, asked, assert_problem, serving, wait_until
 
 from aloud import Engine
+from server.running import LONG, Running, asked, assert_problem, serving, wait_until
 
 
 def values(server: Running) -> dict[str, float]:

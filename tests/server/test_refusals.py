@@ -7,12 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from server.running import Lines, Running, asked, assert_problem, events_of, serving
 
 from aloud.audio import Audio
 from aloud.errors import DeviceStuck, NothingSpoken, OutOfMemory, Overloaded, StepFailed
 from aloud.live_speech import LiveSpeech
 from aloud.server.settings import Limits, Settings
+from server.running import Lines, Running, asked, assert_problem, events_of, serving
 
 SECRET = "xyzzy-4711"
 

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from server.running import LONG, Running, asked, assert_problem, is_idle, serving, wait_until, wav
 
 from aloud import Engine
 from aloud.server import sessions as sessions_module
 from aloud.server.settings import Limits, Settings
 from oracle.csm import speech_like
+from server.running import LONG, Running, asked, assert_problem, is_idle, serving, wait_until, wav
 
 KEYS = ("one", "two")
 GREEDY = {"max_seconds": 0.4}

@@ -12,9 +12,9 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-from server.running import FRAME, LONG, RATE, TEXT, Running, asked, decoded, events_of, pcm
 
 from aloud.audio_file import to_int16
+from server.running import FRAME, LONG, RATE, TEXT, Running, asked, decoded, events_of, pcm
 
 CONTENT_TYPES = {
     "mp3": "audio/mpeg",

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from server.running import RATE, Running, encoded, wav
 
 from aloud.errors import AudioEmpty, AudioInvalid, AudioRateInvalid, AudioTooLong, AudioUnreadable
 from aloud.server.uploads import decode_audio
 from oracle.csm import speech_like
+from server.running import RATE, Running, encoded, wav
 
 FILES = {
     "wav": lambda samples: wav(samples),

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server.running import Running, asked, assert_problem, serving, wav
 
 from aloud import Engine, Segment, read_audio
 from aloud.audio_file import to_int16
 from aloud.server.settings import Limits, Settings
 from oracle.csm import speech_like
+from server.running import Running, asked, assert_problem, serving, wav
 
 KEYS = ("one", "two")
 BAD_NAMES = [
