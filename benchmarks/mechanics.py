@@ -43,7 +43,7 @@ def empty_kernel():
 
 
 @triton.jit
-def relay_kernel(from_ptr, to_ptr, programs, BLOCK: tl.constexpr, PROGRAMMATIC: tl.constexpr):  # noqa: N803
+def relay_kernel(from_ptr, to_ptr, programs, BLOCK: tl.constexpr, PROGRAMMATIC: tl.constexpr):
     """Program p writes one more than what program p + 1 wrote in the launch before."""
     program = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
@@ -56,7 +56,7 @@ def relay_kernel(from_ptr, to_ptr, programs, BLOCK: tl.constexpr, PROGRAMMATIC: 
 
 
 @triton.jit
-def barrier_kernel(values_ptr, arrived_ptr, programs, LINKS: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+def barrier_kernel(values_ptr, arrived_ptr, programs, LINKS: tl.constexpr, BLOCK: tl.constexpr):
     """As LINKS launches of `relay_kernel`, between two rows of values in turn; `arrived` must be 0 at the start."""
     program = tl.program_id(0)
     lane = tl.arange(0, BLOCK)

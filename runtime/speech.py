@@ -157,29 +157,32 @@ def _speak_once(loop: Loop, codec: MimiConfig, jobs: Sequence[Job], bar: _Progre
         for stream in streams:
             loop.cancel(stream)
     return [
-        _audio(codec, job, _trim(codec, job, parts), stream.finish_reason)
+        _audio(codec, job, _heard(codec, job, parts), stream.finish_reason)
         for job, parts, stream in zip(jobs, received, streams, strict=True)
     ]
 
 
-def _trim(codec: MimiConfig, job: Job, parts: list[Spoken]) -> list[Spoken]:
-    """Leave out the silent tail but for a short rest; everything, if nothing was ever heard."""
-    if job.guards.silence_seconds is None:
-        return parts
-    heard = max((index + 1 for index, part in enumerate(parts) if not is_silent(job.guards, part.power)), default=None)
+def _heard(codec: MimiConfig, job: Job, parts: list[Spoken]) -> list[Spoken]:
+    return parts[: _kept_frames(job.guards, codec.frame_rate, [part.power for part in parts])]
+
+
+def _kept_frames(guards: Guards, frame_rate_hz: float, powers: Sequence[float]) -> int:
+    """Frames, of which `powers` are the samples' mean squares, without a silent tail but for a short rest.
+
+    0 if nothing was ever heard; all of them where the guards do not watch for silence.
+    """
+    if guards.silence_seconds is None:
+        return len(powers)
+    heard = max((index + 1 for index, power in enumerate(powers) if not is_silent(guards, power)), default=None)
     if heard is None:
-        return []
-    return parts[: heard + math.ceil(job.guards.silence_kept_seconds * codec.frame_rate)]
+        return 0
+    return min(len(powers), heard + math.ceil(guards.silence_kept_seconds * frame_rate_hz))
 
 
 def joined(codec: MimiConfig, chunks: Sequence[Audio], guards: Guards, finish_reason: str | None) -> Audio:
     """Chunks of one frame each as one piece of audio, without a silent tail where the guards watch for one."""
     whole = Audio.concatenate(chunks)
-    kept = len(chunks)
-    if guards.silence_seconds is not None:
-        loud = [not is_silent(guards, float(np.square(chunk.samples).mean())) for chunk in chunks]
-        heard = len(loud) - loud[::-1].index(True) if True in loud else 0
-        kept = heard + math.ceil(guards.silence_kept_seconds * codec.frame_rate) if heard else 0
+    kept = _kept_frames(guards, codec.frame_rate, [float(np.square(chunk.samples).mean()) for chunk in chunks])
     assert whole.codes is not None
     if not kept:
         raise NothingSpoken("The model said nothing that could be heard. Try another text, seed or context.")

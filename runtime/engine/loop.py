@@ -20,7 +20,7 @@ from aloud import memory
 from aloud.engine.guards import REASONS, Watches
 from aloud.engine.scheduler import Scheduler, SchedulerConfig
 from aloud.engine.steps import HostFrame, Launched, Reading, Steps
-from aloud.engine.stream import FULL_PACE_FRAMES, Job, Prefix, Spoken, Stream
+from aloud.engine.stream import BUFFERED_FRAMES, Job, Prefix, Spoken, Stream
 from aloud.errors import AloudError, DeviceStuck, LogitsNotFinite, OutOfMemory, Overloaded, StepFailed
 from aloud.prompt_block import Piece
 
@@ -519,7 +519,7 @@ class Loop:
         for row in ordinary:
             stream = flight.streams[row]
             stream.frames.append((frame, row))
-            if len(stream.frames) >= FULL_PACE_FRAMES:
+            if len(stream.frames) >= BUFFERED_FRAMES:
                 self._hold(stream)
 
     def _deliver_special(
@@ -595,7 +595,7 @@ def _rank(job: Job) -> int:
 
 
 def _has_room(stream: Stream) -> bool:
-    return len(stream.frames) < FULL_PACE_FRAMES // 2
+    return len(stream.frames) < BUFFERED_FRAMES // 2
 
 
 def _in_words(error: BaseException) -> BaseException:

@@ -300,10 +300,6 @@ class Scheduler:
         """Seconds to run `rows` rows once, in several ticks when they do not fit one; 0 before any measurement."""
         return self._frame_cost.of(rows)
 
-    def prefill_estimate(self, positions: int) -> float:
-        """Seconds to read `positions` positions, in several passes when one cannot; 0 before any measurement."""
-        return self._prefill_cost.of(positions)
-
     # --- admission ----------------------------------------------------------------------------------------------------
 
     def retry_after(self, now: float, lead_seconds: float | None, waiting: int = 0) -> float | None:

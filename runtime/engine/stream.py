@@ -12,7 +12,7 @@ import torch
 from aloud.engine.steps import HostFrame
 from aloud.request import Guards, Prompt, Sampling
 
-FULL_PACE_FRAMES = 64
+BUFFERED_FRAMES = 64
 """Frames that may wait to be taken from a stream; then the stream waits, and no other."""
 
 

@@ -169,14 +169,6 @@ def paste_prefix(state: CsmState, slot: int, prefix: torch.Tensor) -> None:
     state.backbone_cache[:, :, slot, :, : prefix.shape[3]] = prefix
 
 
-def frame(
-    config: CsmConfig, weights: CsmWeights, codec: mimi.MimiWeights, state: CsmState, slots: torch.Tensor
-) -> tuple[torch.Tensor, Sound]:
-    """The next 80 ms of each stream in slots int64 [rows]: its codes int64 [rows, codebooks], then their sound."""
-    codes = draw_codes(config, weights, state, slots)
-    return codes, decode(config, codec, state, codes, slots)
-
-
 def decode(
     config: CsmConfig, codec: mimi.MimiWeights, state: CsmState, codes: torch.Tensor, slots: torch.Tensor
 ) -> Sound:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any, Literal
@@ -71,11 +69,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     sessions = Sessions(engine, registry, settings.limits)
     metrics = Metrics(engine)
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-
-    app = FastAPI(title="Aloud", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Aloud", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(Problem, _answer_problem)
     app.add_exception_handler(AloudError, _answer_problem)
     app.add_exception_handler(RequestValidationError, _answer_invalid)

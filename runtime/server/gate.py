@@ -124,10 +124,15 @@ class _Body:
         """The next message; raises a `Problem` when it is too much, or takes too long."""
         if self._is_read:
             return await self._receive()
+        # Not `asyncio.wait_for`, which before Python 3.12 can swallow a cancellation.
+        receiving = asyncio.ensure_future(self._receive())
         try:
-            message = await asyncio.wait_for(self._receive(), self._limits.read_seconds)
-        except asyncio.TimeoutError:
-            raise Problem(408, "The request's body did not come in time.", "timeout") from None
+            await asyncio.wait({receiving}, timeout=self._limits.read_seconds)
+            if not receiving.done():
+                raise Problem(408, "The request's body did not come in time.", "timeout")
+            message = receiving.result()
+        finally:
+            receiving.cancel()
         self._bytes += len(message.get("body", b""))
         self._is_read = not message.get("more_body", False)
         if self._bytes > self._limits.body_bytes:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from aloud.errors import RequestError
 from aloud.live import Engine
 from aloud.models.csm import CsmConfig
+from aloud.prepare import check_prompt
 from aloud.request import Prompt
 from aloud.server.problems import Problem
 from aloud.server.settings import Limits
@@ -148,9 +150,13 @@ def _turn(config: CsmConfig, content: object) -> Prompt:
     audio = text_tokens == -1
     if text_tokens.dim() != 1 or not len(text_tokens) or int(audio.sum()) != len(frames):
         raise wrong
-    texts_fit = bool((text_tokens >= -1).all() and (text_tokens < config.text_vocabulary).all())
-    if not texts_fit or not bool((frames >= 0).all() and (frames < config.drawable).all()):
+    if bool((frames >= config.drawable).any()):  # which no session that was spoken here has
         raise wrong
     codes = torch.zeros(len(text_tokens), config.codebooks, dtype=torch.int64)
     codes[audio] = frames
-    return Prompt(text_tokens, codes)
+    prompt = Prompt(text_tokens, codes)
+    try:
+        check_prompt(config, prompt)
+    except RequestError as error:
+        raise wrong from error
+    return prompt

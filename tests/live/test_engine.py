@@ -14,7 +14,7 @@ import pytest
 from aloud import Audio, Engine, Segment, errors
 from aloud.arrivals import Arrivals
 from aloud.engine.loop import Loop
-from aloud.engine.stream import FULL_PACE_FRAMES, Stream
+from aloud.engine.stream import BUFFERED_FRAMES, Stream
 from live.quick import LIMIT_SECONDS, Held, QuickSteps, codes_of, is_empty, quick_job, run, until
 from scripted import FRAME_RATE
 
@@ -211,10 +211,10 @@ def test_what_nobody_takes_is_bounded() -> None:
     with Engine(held.runtime) as engine:
         speech = engine.stream(HELLO, seed=1, max_seconds=40, pace="full")
         next(speech)
-        until(lambda: steps.launched_rows[1] >= FULL_PACE_FRAMES)
+        until(lambda: steps.launched_rows[1] >= BUFFERED_FRAMES)
         for seed in range(2, 12):
             assert len(list(engine.stream(HELLO, seed=seed, max_seconds=1, pace="full"))) == 13
-        assert FULL_PACE_FRAMES <= steps.launched_rows[1] <= FULL_PACE_FRAMES + 2
+        assert BUFFERED_FRAMES <= steps.launched_rows[1] <= BUFFERED_FRAMES + 2
         assert len(list(speech)) == 499
 
 
