@@ -1,31 +1,28 @@
 """The loop: admit what waits, read prompts, launch a frame, hand out the one before; whoever waits drives it.
 
-One tick is `Loop.step`. It runs in one thread at a time: in the thread of a caller that waits for its stream, or in a
-thread that does nothing else. Everything else here may be called from any thread.
+One tick is `Loop.step`; see `Driven` for who takes it. Everything else may be called from any thread.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from aloud import memory
+from aloud.engine.driven import Driven
 from aloud.engine.guards import REASONS, Watches
 from aloud.engine.scheduler import Scheduler, SchedulerConfig
 from aloud.engine.steps import HostFrame, Launched, Reading, Steps
 from aloud.engine.stream import BUFFERED_FRAMES, Job, Prefix, Spoken, Stream
-from aloud.errors import AloudError, DeviceStuck, LogitsNotFinite, OutOfMemory, Overloaded, StepFailed
+from aloud.errors import AloudError, LogitsNotFinite, OutOfMemory, Overloaded, StepFailed
 from aloud.prompt_block import Piece
 
 logger = logging.getLogger(__name__)
-FAULT_PAUSE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Counts:
     read_positions: int = 0  # of prompts, by prefill
 
 
-class Loop:
+class Loop(Driven):
     """Many streams over one model's slots."""
 
     def __init__(
@@ -70,13 +67,10 @@ class Loop:
         clock: in seconds, from any beginning. max_waiting: refusable streams that may wait for a slot.
         stuck_after_seconds: a step that takes longer is taken for one that never ends.
         """
+        super().__init__(clock, stuck_after_seconds)
         self._steps = steps
-        self._clock = clock
         self.max_waiting = max_waiting
-        self.stuck_after_seconds = stuck_after_seconds
         self.counts = Counts()
-        self._listeners: list[Callable[[], None]] = []
-        self._step_began: float | None = None  # while a step runs
         config = SchedulerConfig(
             frame_seconds=1 / frame_rate_hz, batch_sizes=steps.batch_sizes, prefill_sizes=steps.prefill_sizes
         )
@@ -95,9 +89,6 @@ class Loop:
         self._held: list[Stream] = []  # that wait for their frames to be taken
         self._passes: deque[tuple[int, Reading]] = deque()  # positions of prefill passes that were not yet timed
         self._in_flight: deque[_InFlight] = deque()
-        self._changed = threading.Condition()
-        self._is_driven = False
-        self.is_run = False  # whether a thread does nothing but drive
 
     # --- from any thread ----------------------------------------------------------------------------------------------
 
@@ -174,79 +165,10 @@ class Loop:
             self.wake()
         return spoken
 
-    def run(self, until: threading.Event) -> None:
-        """Drive in this thread until an event is set and somebody wakes the loop."""
-        self.is_run = True
-        try:
-            self._run(until)
-        finally:
-            self.is_run = False
-
-    def _run(self, until: threading.Event) -> None:
-        while not until.is_set():
-            with self._drive(wait=True, unless=until.is_set) as driving:
-                while driving and not until.is_set():
-                    try:
-                        pause = self.step()
-                    except Exception:  # a fault of the loop's own: its streams have failed, others go on
-                        logger.exception("A step failed")
-                        pause = FAULT_PAUSE_SECONDS
-                    self.wake()
-                    if pause != 0.0:
-                        self.sleep(pause, until.is_set)
-
-    @contextmanager
-    def standing_still(self) -> Iterator[None]:
-        """No step runs while this is held; waits for the one that does."""
-        while True:
-            with self._drive(wait=True) as driving:
-                if driving:
-                    yield
-                    return
-            self.check_stuck()
-
-    def listen(self, listener: Callable[[], None]) -> None:
-        """Call a function, which must not wait, from the driving thread after each step."""
-        self._listeners.append(listener)
-
-    def stop_listening(self, listener: Callable[[], None]) -> None:
-        """Take back `listen`."""
-        self._listeners.remove(listener)
-
-    @property
-    def stuck_seconds(self) -> float:
-        """For how long the step that runs now has been running."""
-        began = self._step_began
-        return 0.0 if began is None else self._clock() - began
-
-    def check_stuck(self) -> None:
-        """Raise `DeviceStuck` when a step does not end."""
-        if self.stuck_seconds > self.stuck_after_seconds:
-            raise DeviceStuck(
-                f"The device has not answered for {self.stuck_seconds:.0f} s. Restart the process; if it happens "
-                "again, check the device with its vendor's tools."
-            )
-
-    def wake(self) -> None:
-        """End the sleep of whoever drives, and of those who wait."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def sleep(self, seconds: float | None, unless: Callable[[], bool]) -> bool:
-        """Wait for something to change, unless something has -> whether it has, within so many seconds."""
-        with self._changed:
-            if self._inbox or unless() or any(_has_room(stream) for stream in self._held):
-                return True
-            return self._changed.wait(seconds)
-
     @property
     def is_idle(self) -> bool:
         """Whether no stream waits or runs."""
         return not self._inbox and not any(self._waiting_by_rank) and len(self._free) == len(self._streams)
-
-    def now(self) -> float:
-        """Seconds by the loop's clock."""
-        return self._clock()
 
     @property
     def waiting(self) -> int:
@@ -263,44 +185,7 @@ class Loop:
         """Slots in all."""
         return len(self._streams)
 
-    @contextmanager
-    def _drive(self, *, wait: bool, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-        """Be the one that drives, or wait until whoever does has finished a tick -> whether this is the one.
-
-        unless: there is nothing to wait for; asked where no news can be missed.
-        """
-        with self._changed:
-            if self._is_driven:
-                if not wait:
-                    self._changed.notify_all()
-                elif not unless():
-                    # Until a step that began earlier is found to be stuck; the millisecond makes that certain.
-                    self._changed.wait(max(0.0, self.stuck_after_seconds - self.stuck_seconds) + 0.001)
-                driving = False
-            else:
-                driving = self._is_driven = True
-        try:
-            yield driving
-        finally:
-            if driving:
-                with self._changed:
-                    self._is_driven = False
-                    self._changed.notify_all()
-
     # --- one tick, from the thread that drives ------------------------------------------------------------------------
-
-    def step(self) -> float | None:
-        """One tick -> seconds until there may be something to do: 0 at once, None once something changes."""
-        self._step_began = self._clock()
-        try:
-            return self._step()
-        except BaseException as error:  # an interrupt, or a fault of the loop itself: no stream is whole any more
-            self._fail_all(error)
-            raise
-        finally:
-            self._step_began = None
-            for listener in self._listeners:
-                listener()
 
     def _step(self) -> float | None:
         self._take_inbox()
@@ -581,7 +466,11 @@ class Loop:
             self._streams[slot] = None
             self._free.append(slot)
 
-    def _fail_all(self, error: BaseException) -> None:
+    def _has_news(self) -> bool:
+        return bool(self._inbox) or any(_has_room(stream) for stream in self._held)
+
+    def _broken(self, error: BaseException) -> None:
+        """No stream is whole any more."""
         self._in_flight.clear()
         self._passes.clear()
         self._reading.clear()
