@@ -266,6 +266,11 @@ class Engine:
             stuck_seconds=loop.stuck_seconds,
         )
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether no new work is taken."""
+        return self._is_draining
+
     def check_health(self) -> None:
         """Raise what keeps the engine from working: `EngineClosed`, or `DeviceStuck`."""
         if self._stop.is_set() or not self._thread.is_alive():
@@ -321,6 +326,10 @@ class Engine:
                 self.loop.cancel_all()
             self.loop.stop_listening(self._after_step)
             self._after_step()
+            with self._lock:
+                speeches = list(self._speeches)
+            for speech in speeches:
+                speech.engine_closed()
 
     # --- for sessions -------------------------------------------------------------------------------------------------
 
@@ -338,10 +347,11 @@ class Engine:
         conversation: Callable[[], Conversation],
         *,
         keeps_context: bool,
+        is_taken: bool = False,
         when_over: Callable[[], None] = lambda: None,
     ) -> LiveSpeech:
         """Speech of a text behind a conversation, which is asked for when it begins."""
-        self._check_open()
+        self._check_open(is_taken)
         check_manner(request)
         model, tokenizer = self.runtime.model, self.runtime.tokenizer
         codec = model.config.codec
@@ -354,7 +364,7 @@ class Engine:
         )
 
         def begin() -> Utterance:
-            self._check_open()
+            self._check_open(is_taken)
             return Utterance(
                 self.loop,
                 codec,
@@ -407,10 +417,10 @@ class Engine:
             speeches = list(self._speeches)
         return any(speech.is_running for speech in speeches)
 
-    def _check_open(self) -> None:
+    def _check_open(self, is_taken: bool = False) -> None:
         if self._stop.is_set():
             raise EngineClosed("The engine is closed. Make a new one.")
-        if self._is_draining:
+        if self._is_draining and not is_taken:
             raise EngineClosed("The engine is draining: it finishes what runs and takes no new work.")
 
     def _arrivals_here(self) -> Arrivals:

@@ -12,7 +12,7 @@ from aloud.arrivals import Arrivals
 from aloud.audio import Audio
 from aloud.engine.loop import Loop
 from aloud.engine.stream import Stream
-from aloud.errors import RequestError
+from aloud.errors import EngineClosed, RequestError
 from aloud.prepare import check_text
 from aloud.request import Guards
 from aloud.utterance import Utterance, Want
@@ -54,6 +54,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         self._when_over = when_over
         self._utterance: Utterance | None = None
         self._is_over = False
+        self._is_closed = False  # the engine, before this was over
         self._told_over = threading.Lock()  # taken once
         self._reason_before: str | None = None  # it is over before it began
         self._parts: Iterator[str] | None = None
@@ -135,6 +136,17 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
             raise
         raise StopIteration
 
+    def ready(self) -> Audio | None:
+        """The next chunk if it is there already; raises what the iteration would."""
+        if self._utterance is None or self._is_over:
+            return None
+        try:
+            step = self._utterance.advance()
+        except BaseException as error:
+            self._stop(_reason(error))
+            raise
+        return step if isinstance(step, Audio) else None
+
     def cancel(self) -> None:
         """Stop at once; may be called from anywhere."""
         self._stop("cancelled")
@@ -163,6 +175,11 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
     ) -> None:
         self.cancel()
 
+    def engine_closed(self) -> None:
+        """End the wait for text, which could not be spoken any more; whoever waits for a frame is told by it."""
+        self._is_closed = True
+        self._stop_pulling()
+
     def __del__(self) -> None:
         if not getattr(self, "_is_over", True):
             self.cancel()
@@ -182,13 +199,16 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
 
     def _end(self) -> None:
         self._is_over = True
+        self._stop_pulling()
+        if self._told_over.acquire(blocking=False):
+            self._when_over()
+
+    def _stop_pulling(self) -> None:
         pulling, self._pulling = self._pulling, None
         if pulling is not None:
             event_loop = pulling.get_loop()
             if not event_loop.is_closed():
                 event_loop.call_soon_threadsafe(pulling.cancel)
-        if self._told_over.acquire(blocking=False):
-            self._when_over()
 
     def _feed(self, utterance: Utterance) -> None:
         """Give the utterance the text that it wants, of an iterator that may block."""
@@ -226,6 +246,8 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         if self._is_over:
             return
         self._pulling = None
+        if self._is_closed:
+            raise EngineClosed("The engine was closed while it spoke. Make a new one, and ask again.")
         part = pulling.result()
         if part is _END_OF_TEXT:
             self._utterance.finish_text()
@@ -235,7 +257,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
     def _start_pulling(self, parts: AsyncIterator[str]) -> asyncio.Future[object]:
         if self._pulling is None:
             self._pulling = pulling = asyncio.ensure_future(_next_part(parts))
-            if self._is_over:
+            if self._is_over or self._is_closed:
                 pulling.cancel()
             return pulling
         return self._pulling

@@ -104,13 +104,24 @@ class Session:
         max_seconds: float | None = None,
         pace: Pace = "realtime",
         lead_seconds: float | None = None,
+        is_taken: bool = False,
     ) -> LiveSpeech:
-        """Say the next turn; the arguments are those of `Engine.stream`, the others were given to `Engine.session`."""
+        """Say the next turn; the arguments are those of `Engine.stream`, the others were given to `Engine.session`.
+
+        is_taken: whether the caller took the turn on before, so that it is spoken also while the engine drains.
+        """
         request = self._request(text, seed, max_seconds)
         release = self._claim()
         try:
             return self._engine.speech(
-                text, request, pace, lead_seconds, lambda: self._conversation, keeps_context=True, when_over=release
+                text,
+                request,
+                pace,
+                lead_seconds,
+                lambda: self._conversation,
+                keeps_context=True,
+                is_taken=is_taken,
+                when_over=release,
             )
         except BaseException:
             release()

@@ -340,9 +340,10 @@ class Scheduler:
 
     def statistics(self) -> SchedulerStatistics:
         """Streams now, frames and lateness so far; percentiles are upper edges of the histogram's bins."""
-        total = int(self._histogram.sum())
+        histogram = self._histogram.copy()  # others read while it grows
+        total = int(histogram.sum())
         edges = np.concatenate(([0.0], LATE_EDGES[1:], [math.inf]))
-        ranks = np.searchsorted(np.cumsum(self._histogram), [0.5 * total, 0.99 * total])
+        ranks = np.searchsorted(np.cumsum(histogram), [0.5 * total, 0.99 * total])
         middle, high = (min(float(edges[rank]), self._latest) for rank in ranks)
         return SchedulerStatistics(
             running_realtime=int(self._paced.sum()),
@@ -350,7 +351,7 @@ class Scheduler:
             held=int(self._held.sum()),
             frames=self._frames,
             realtime_frames=total,
-            late_frames=total - int(self._histogram[0]),
+            late_frames=total - int(histogram[0]),
             lateness_p50=middle,
             lateness_p99=high,
             lateness_max=self._latest,

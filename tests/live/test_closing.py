@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aloud import Engine, errors
+from aloud import Audio, Engine, errors
 from aloud.arrivals import CHECK_SECONDS
 from aloud.engine.stream import Stream
+from aloud.live_speech import LiveSpeech
 from live.quick import LIMIT_SECONDS, Held, codes_of, is_empty, run, until
 
 HELLO = "Hello there how are you today?"
@@ -156,6 +157,55 @@ def test_closing_while_streams_run_leaves_nobody_waiting(after_seconds: float) -
     np.testing.assert_array_equal(held.runtime.speak(HELLO, seed=1).codes, held.expected(HELLO, 1))
     with Engine(held.runtime) as another:
         np.testing.assert_array_equal(another.speak_sync(HELLO, seed=1).codes, held.expected(HELLO, 1))
+
+
+@pytest.mark.parametrize("has_begun", [False, True], ids=["before its first text", "between two parts"])
+def test_closing_is_told_to_speech_that_waits_for_its_own_text(held: Held, has_begun: bool) -> None:
+    """It holds no stream then that could tell it."""
+    is_ended = False
+
+    async def parts() -> AsyncIterator[str]:
+        nonlocal is_ended
+        try:
+            if has_begun:
+                yield "Well, hello there. This is the first. "
+            await asyncio.sleep(1000)
+            yield "And this never comes."
+        finally:
+            is_ended = True
+
+    async def closed(engine: Engine) -> None:
+        speech = engine.session().stream(parts(), seed=1)
+        speaking = asyncio.ensure_future(_all_of(speech))
+        while not speech.is_running or (has_begun and not (engine.loop.is_idle and engine.stats().finished)):
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(errors.EngineClosed, match=r"^The engine was closed while it spoke\. Make a new one, and"):
+            await asyncio.wait_for(speaking, 5)
+        assert speech.finish_reason == "error"
+        assert is_ended
+
+    run(closed(Engine(held.runtime)))
+
+
+async def _all_of(speech: LiveSpeech) -> list[Audio]:
+    return [chunk async for chunk in speech]
+
+
+def test_a_turn_that_was_taken_on_is_spoken_while_the_engine_drains(held: Held) -> None:
+    async def drained(engine: Engine) -> None:
+        session = engine.session()
+        assert await engine.drain(LIMIT_SECONDS)
+        with pytest.raises(errors.EngineClosed):
+            session.stream(HELLO)
+        chunks = [chunk async for chunk in session.stream(HELLO, seed=1, is_taken=True)]
+        np.testing.assert_array_equal(codes_of(chunks), held.expected(HELLO, 1))
+        engine.close()
+        with pytest.raises(errors.EngineClosed):
+            session.stream(HELLO, is_taken=True)
+
+    run(drained(Engine(held.runtime)))
 
 
 def test_a_job_that_comes_as_the_engine_closes_is_not_left_behind(held: Held) -> None:
