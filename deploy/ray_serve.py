@@ -1,12 +1,12 @@
 """The server as a Ray Serve application: the same routes, on as many replicas as there is speech to speak.
 
-    pip install 'aloud[server]' 'ray[serve]>=2.52'
+    pip install 'aloud[server]' 'ray[serve]>=2.54'
     serve run ray_serve:app model=sesame/csm-1b max_streams=64 max_replicas=4
 
 - A replica takes as many requests as it has streams; a WebSocket is one for as long as it is open.
 - Requests with the same `x-session-id` header go to the same replica: send the `session_id` there too. When that one
-  is gone, the answer comes from another, which does not know the session: rebuild it there with
-  `PUT /v1/sessions/ID` from the last `GET /v1/sessions/ID`.
+  is gone, another answers. With `sessions`, a folder that all machines share, it goes on from the last turn that was
+  spoken or heard; without, rebuild the session with `PUT /v1/sessions/ID` from the last `GET /v1/sessions/ID`.
 - A client that leaves cancels its speech; a replica that stops finishes what it speaks, for `drain_seconds`.
 
 Whoever reaches Ray's own ports and dashboard can run anything there: let nobody else reach them.
@@ -34,6 +34,7 @@ class Serving:
     device: str = "auto"
     api_key_file: str = ""  # a key a line; must be there on every machine
     voices: str = ""  # a folder that every machine shares
+    sessions: str = ""  # likewise
     drain_seconds: float = 100.0
     affinity: bool = True  # sessions stay on their replica
 
@@ -66,8 +67,8 @@ def application(serving: Serving) -> Any:
 
         engine = Engine(Runtime.load(serving.model, device=serving.device, max_streams=serving.max_streams))
         keys = Path(serving.api_key_file).read_text().split() if serving.api_key_file else []
-        voices = Path(serving.voices) if serving.voices else None
-        made = create_app(engine, Settings(model=serving.model, keys=tuple(keys), voices=voices))
+        voices, sessions = (Path(folder) if folder else None for folder in (serving.voices, serving.sessions))
+        made = create_app(engine, Settings(serving.model, keys=tuple(keys), voices=voices, sessions=sessions))
         made.state.engine = engine
         return made
 

@@ -17,6 +17,7 @@ from aloud.request import Request, Segment
 
 MODEL = "sesame/csm-1b"
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130  # argparse itself exits with 2 on wrong usage
+MAX_DRAIN_SECONDS = 86_400
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         "--api-key-file", type=Path, metavar="FILE", help="a key a line; without it, everybody who reaches it may ask"
     )
     serve.add_argument("--voices", type=Path, metavar="DIR", help="where voices are kept (default: until it stops)")
+    serve.add_argument(
+        "--sessions", type=Path, metavar="DIR", help="where sessions are kept, also for other servers (default: memory)"
+    )
     serve.add_argument("--max-streams", type=int, help="streams at once (default: what fits, at most 256)")
     serve.add_argument("--max-positions", type=int, help="context of a stream (default: the model's)")
     serve.add_argument("--max-waiting", type=int, default=64, help="requests that may wait for a stream (default: 64)")
@@ -222,14 +226,24 @@ def _segment(value: str) -> Segment:
 
 
 def _serve(parsed: argparse.Namespace) -> int:
+    # Whatever can be wrong is found before the model is loaded, which takes much longer.
     keys = _read_keys(parsed.api_key_file)
+    _check_folder(parsed.voices, "--voices")
+    _check_folder(parsed.sessions, "--sessions")
+    if not 0 <= parsed.drain_seconds <= MAX_DRAIN_SECONDS:
+        raise RequestError(f"--drain-seconds is from 0 to {MAX_DRAIN_SECONDS:,}, got {parsed.drain_seconds:g}.")
+    if parsed.max_waiting < 0:
+        raise RequestError(f"--max-waiting is 0 or more, got {parsed.max_waiting}.")
+    if parsed.max_streams is not None and parsed.max_streams < 1:
+        raise RequestError(f"--max-streams is 1 or more, got {parsed.max_streams}.")
     try:
-        from aloud.server.serve import serve
+        from aloud.server.serve import bind, own_names, serve
         from aloud.server.settings import Settings
     except ModuleNotFoundError as error:
         raise MissingDependency(f"The server needs {error.name}. Install it: pip install 'aloud[server]'") from error
     from aloud.api import Runtime
 
+    sockets = bind(parsed.host, parsed.port)
     runtime = Runtime.load(
         parsed.model,
         revision=parsed.revision,
@@ -239,24 +253,32 @@ def _serve(parsed: argparse.Namespace) -> int:
         max_streams=parsed.max_streams,
         max_positions=parsed.max_positions,
     )
-    settings = Settings(model=parsed.model, keys=keys, voices=parsed.voices)
-    return serve(
-        runtime,
-        settings,
-        host=parsed.host,
-        port=parsed.port,
-        drain_seconds=parsed.drain_seconds,
-        max_waiting=parsed.max_waiting,
-    )
+    hosts = () if keys else own_names(parsed.host)
+    settings = Settings(parsed.model, keys=keys, hosts=hosts, voices=parsed.voices, sessions=parsed.sessions)
+    return serve(runtime, settings, sockets, drain_seconds=parsed.drain_seconds, max_waiting=parsed.max_waiting)
 
 
 def _read_keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
-    keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not text in UTF-8. Write a key a line.") from error
     if not keys:
         raise RequestError(f"There is no key in {path}. Write one a line, or leave --api-key-file out.")
     return keys
+
+
+def _check_folder(path: Path | None, option: str) -> None:
+    """Raise unless it is a folder that can be written to; one that is not there is made."""
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise RequestError(f"{option} is a folder, and {path} is none. Name another.")
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise RequestError(f"{option} is a folder to write to, and {path} may not be. Name another.")
 
 
 def _inspect(parsed: argparse.Namespace) -> int:

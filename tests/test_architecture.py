@@ -36,7 +36,7 @@ FLOORS: list[list[str]] = [
     ["aloud.audio_plot", "aloud.audio_show"],
     ["aloud.audio_file"],
     ["aloud.prompt_block"],
-    ["aloud.request", "aloud.memory"],
+    ["aloud.request", "aloud.memory", "aloud.open_files"],
     ["aloud.errors"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import socket
 import sys
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -118,73 +116,3 @@ def test_ray_settings_are_read_without_ray(monkeypatch: pytest.MonkeyPatch) -> N
     assert (serving.max_streams, serving.gpus, serving.affinity) == (8, 0.5, False)
     with pytest.raises(ValueError, match="There is no setting 'slots'"):
         ray_serve().Serving.of({"slots": "8"})
-
-
-def test_a_replica_takes_as_many_requests_as_it_has_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve = pytest.importorskip("ray.serve", reason="needs ray[serve]")
-    given: dict[str, Any] = {}
-    deployment = serve.deployment
-
-    def kept(**arguments: Any) -> Any:
-        given.update(arguments)
-        return deployment(**arguments)
-
-    monkeypatch.setattr(serve, "deployment", kept)
-    ray_serve().app({"max_streams": "8", "gpus": "0"})
-    assert given["max_ongoing_requests"] == 8
-    assert given["autoscaling_config"].target_ongoing_requests <= 8
-
-
-def test_a_session_goes_on_when_its_replica_is_killed(tmp_path: Path) -> None:
-    """Sticky while its replica lives; rebuilt from its export on another."""
-    ray = pytest.importorskip("ray", reason="needs ray[serve]")
-    serve = pytest.importorskip("ray.serve", reason="needs ray[serve]")
-    httpx = pytest.importorskip("httpx")
-    psutil = pytest.importorskip("psutil")
-    from aloud.checkpoint.random import write_random
-
-    write_random(tmp_path, "small", seed=1, dtype="float32")
-    module = ray_serve()
-    ray.cloudpickle.register_pickle_by_value(module)
-    given = {"model": str(tmp_path), "max_streams": "4", "min_replicas": "2", "max_replicas": "2", "device": "cpu"}
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
-    try:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(module.app({**given, "gpus": "0"}))
-        headers = {"x-session-id": "one"}
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as client:
-
-            def speak(text: str) -> bytes:
-                body = {"input": text, "session_id": "one", "response_format": "pcm", "max_seconds": 0.4, "seed": 1}
-                answer = client.post("/v1/audio/speech", json=body)
-                assert answer.status_code == 200, answer.text
-                return bytes(answer.content)
-
-            for number in range(4):
-                speak(f"Turn {number}.")
-            kept = client.get("/v1/sessions/one").json()
-            assert len(kept["turns"]) == 4  # all on the same replica
-            expected = speak("And on.")
-            # Every process of this cluster was started with the folder that is this cluster's own.
-            own = ray._private.worker._global_node.get_session_dir_path()
-            replicas = [
-                process
-                for process in psutil.process_iter()
-                if (parent := process.parent()) is not None
-                and any(own in part for part in parent.cmdline())
-                and process.name().startswith("ray::ServeRepl")
-            ]
-            assert len(replicas) == 2
-            for process in replicas:
-                process.kill()
-                process.wait(10)
-                if client.get("/v1/sessions/one").status_code == 404:
-                    break
-            assert client.put("/v1/sessions/one", json=kept).status_code == 200
-            assert speak("And on.") == expected  # the same voice, behind the same turns
-    finally:
-        serve.shutdown()
-        ray.shutdown()

@@ -6,20 +6,24 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from aloud.audio import Audio
+from aloud.errors import NothingSpoken
 from aloud.live_speech import LiveSpeech
-from aloud.server.encode import Encoder, Format
+from aloud.server.encode import Encoders, Format
 from aloud.server.metrics import Metrics
 from aloud.server.problems import Problem, problem_of
 
 EVENT_STREAM = "text/event-stream"
+MAX_TOGETHER = 12
+"""Chunks that are sent as one, about a second: nobody else waits long for them to be encoded."""
 
 
 class ClientGone(Exception):
@@ -55,53 +59,82 @@ class SpeechAnswer(Response):
         self,
         speech: LiveSpeech,
         format: Format,
-        make_encoder: Callable[[], Encoder],
+        encoders: Encoders,
         metrics: Metrics,
         *,
         events: bool,
         write_seconds: float,
         input_tokens: int,
         log: dict[str, Any],
+        when_over: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """Of a speech; `when_over` is awaited once it is over, before the client is told."""
         self.background = None
         self._speech = speech
         self._format = format
-        self._make_encoder = make_encoder
+        self._encoders = encoders
         self._metrics = metrics
         self._events = events
         self._write_seconds = write_seconds
         self._input_tokens = input_tokens
         self._log = log
+        self._when_over = when_over
+        self._progress = Progress(time.monotonic())
+        self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Speak."""
-        progress = Progress(time.monotonic())
+
+        async def watched(message: Message) -> None:
+            self._sending_since = time.monotonic()
+            try:
+                await send(message)
+            except OSError:
+                raise ClientGone from None
+            finally:
+                self._sending_since = None
+
+        # One task for all of the answer, and not one for each chunk to be ended when the client leaves.
+        answering = asyncio.ensure_future(self._answer(scope, receive, watched))
         gone = asyncio.ensure_future(_wait_until_gone(receive))
         outcome = "failed"
         self._metrics.speaking += 1
         try:
-            outcome = await self._answer(progress, gone, scope, receive, send)
+            outcome = await self._outcome(answering, gone)
         except ClientGone:
             outcome = "client_gone"
         finally:
             self._metrics.speaking -= 1
             self._speech.cancel()
-            gone.cancel()
-            self._count(progress, outcome)
+            for task in (answering, gone):
+                task.cancel()
+            await asyncio.gather(answering, return_exceptions=True)  # what it raised was told, or nobody is there
+            self._count(outcome)
+            await self._over()
 
-    async def _answer(
-        self, progress: Progress, gone: asyncio.Future[None], scope: Scope, receive: Receive, send: Send
-    ) -> str:
+    async def _outcome(self, answering: asyncio.Future[str], gone: asyncio.Future[None]) -> str:
+        """How the answer ends; raises `ClientGone` when nobody reads it any more."""
+        while True:
+            since = self._sending_since
+            left = self._write_seconds if since is None else since + self._write_seconds - time.monotonic()
+            if left > 0:
+                waited: set[asyncio.Future[Any]] = {answering, gone}
+                await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                return answering.result()
+            if gone.done() or left <= 0:
+                raise ClientGone
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> str:
         try:
-            first = await _or_gone(anext(self._speech), gone)
-        except ClientGone:
-            raise
+            first = await self._chunks()
+            if not first:
+                raise NothingSpoken("Nothing was spoken. Ask again.")
         except Exception as error:
             problem = problem_of(error)
             self._log["error"] = type(error).__name__
             await problem.response()(scope, receive, send)
             return "refused" if problem.status in (429, 503) else "failed"
-        progress.made(first)
         content_type = EVENT_STREAM if self._events else self._format.content_type
         headers = [
             (b"content-type", content_type.encode()),
@@ -109,11 +142,11 @@ class SpeechAnswer(Response):
             (b"x-accel-buffering", b"no"),
             (b"x-aloud-seed", str(self._speech.seed).encode()),
         ]
-        await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers}, gone)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
-            async for body in self._bodies(first, progress, gone):
+            async for body in self._bodies(first):
                 if body:
-                    await self._send(send, {"type": "http.response.body", "body": body, "more_body": True}, gone)
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
         except (ClientGone, Problem):
             raise
         except Exception as error:
@@ -122,41 +155,48 @@ class SpeechAnswer(Response):
                 # Without a last message the server cuts the connection, and the client sees that something is missing.
                 return "failed"
             event = {"type": "speech.audio.error", "error": problem_of(error).body["error"]}
-            await self._send(send, {"type": "http.response.body", "body": _event(event), "more_body": False}, gone)
+            await send({"type": "http.response.body", "body": _event(event), "more_body": False})
             return "failed"
-        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False}, gone)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
         return "finished"
 
-    async def _bodies(self, first: Audio, progress: Progress, gone: asyncio.Future[None]) -> AsyncIterator[bytes]:
-        encoder = self._make_encoder()
-        chunk: Audio | None = first
+    async def _bodies(self, chunks: list[Audio]) -> AsyncIterator[bytes]:
+        encoder = self._encoders.new(self._format)
         frames = 0
-        while chunk is not None:
-            frames += 1
-            yield self._wrapped(encoder.feed(chunk.samples))
-            chunk = await _or_gone(anext(self._speech, None), gone)
-            if chunk is not None:
-                progress.made(chunk)
+        while chunks:
+            frames += len(chunks)
+            samples = chunks[0].samples if len(chunks) == 1 else np.concatenate([chunk.samples for chunk in chunks])
+            yield self._wrapped(await self._encoders.feed(encoder, samples))
+            chunks = await self._chunks()
+        await self._over()
         yield self._wrapped(encoder.finish())
         if self._events:
             usage = {"input_tokens": self._input_tokens, "output_tokens": frames}
             usage["total_tokens"] = self._input_tokens + frames
             yield _event({"type": "speech.audio.done", "usage": usage, "finish_reason": self._speech.finish_reason})
 
+    async def _chunks(self) -> list[Audio]:
+        """The next chunk, and those that are there already, as they are where many are answered; none at the end."""
+        chunks = []
+        chunk = await anext(self._speech, None)
+        while chunk is not None:
+            self._progress.made(chunk)
+            chunks.append(chunk)
+            chunk = self._speech.ready() if len(chunks) < MAX_TOGETHER else None
+        return chunks
+
+    async def _over(self) -> None:
+        when_over, self._when_over = self._when_over, None
+        if when_over is not None:
+            await when_over()
+
     def _wrapped(self, data: bytes) -> bytes:
         if not self._events or not data:
             return data
         return _event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()})
 
-    async def _send(self, send: Send, message: Message, gone: asyncio.Future[None]) -> None:
-        """Send, as long as the client reads; raises `ClientGone`."""
-        try:
-            await _or_gone(send(message), gone, self._write_seconds)
-        except OSError:
-            raise ClientGone from None
-
-    def _count(self, progress: Progress, outcome: str) -> None:
-        metrics = self._metrics
+    def _count(self, outcome: str) -> None:
+        metrics, progress = self._metrics, self._progress
         metrics.requests.labels(outcome).inc()
         self._log["outcome"] = outcome
         if progress.first_audio is None:
@@ -174,21 +214,6 @@ async def _wait_until_gone(receive: Receive) -> None:
     """Return when the client has left; its body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _or_gone(awaitable: Any, gone: asyncio.Future[None], seconds: float | None = None) -> Any:
-    """The awaitable's result, unless the client leaves first, or takes longer than it may: `ClientGone`."""
-    # Not `asyncio.wait_for`, which before Python 3.12 can swallow a cancellation.
-    task = asyncio.ensure_future(awaitable)
-    try:
-        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -10,14 +10,16 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from aloud.errors import EngineClosed
 from aloud.server.problems import Problem, problem_of
 
-NORMAL, IDLE, ABUSE, TOO_LARGE = 1000, 1001, 1008, 1009
+NORMAL, IDLE, ABUSE, TOO_LARGE, STOPPING = 1000, 1001, 1008, 1009, 1012
+LOOK_SECONDS = 0.2
+"""How often a socket on which nothing comes looks whether the server is stopping."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,16 @@ class SocketLimits:
 class Door:
     """Counts each key's sockets, and turns away what may not come in."""
 
-    def __init__(self, limits: SocketLimits) -> None:
+    def __init__(self, limits: SocketLimits, is_stopping: Callable[[], bool]) -> None:
         self._most = limits.sockets
+        self._is_stopping = is_stopping
         self._open: Counter[str] = Counter()
 
     @contextmanager
     def entered(self, websocket: WebSocket) -> Iterator[None]:
         """Be one of the open sockets; raises a `Problem`."""
-        origin = websocket.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != websocket.headers.get("host"):
-            # A browser lets every page open a socket to every server, this machine's own included.
-            raise Problem(403, "Pages of other servers may not come in.", "foreign_origin")
+        if self._is_stopping():
+            raise _stopping()
         owner = websocket.scope["state"]["owner"]
         if self._open[owner] >= self._most:
             raise Problem(429, "There are too many sockets. Close one.", "too_many_sockets", retry_after_seconds=5)
@@ -74,29 +75,40 @@ class Connection:
     Events are dictionaries, which go out as JSON, and bytes; those that are sent together stay together.
     """
 
-    def __init__(self, websocket: WebSocket, limits: SocketLimits) -> None:
+    def __init__(self, websocket: WebSocket, limits: SocketLimits, is_stopping: Callable[[], bool]) -> None:
         self._websocket = websocket
         self._limits = limits
+        self._is_stopping = is_stopping
         self._outbox: asyncio.Queue[tuple[dict[str, Any] | bytes, ...]] = asyncio.Queue(limits.buffered_events)
         self._is_over = asyncio.Event()
         self._last = time.monotonic()
         self._errors = 0
 
-    async def run(self, take: Callable[[str], Awaitable[None]], error_event: Callable[[Problem], Any]) -> None:
+    async def run(
+        self,
+        take: Callable[[str], Awaitable[None]],
+        error_event: Callable[[Problem], Any],
+        finish: Callable[[], Awaitable[None]],
+    ) -> None:
         """Hand each message to `take` until the socket ends.
 
-        What `take` raises becomes one event, made by `error_event`, and the socket lives on.
+        What `take` raises becomes one event, made by `error_event`, and the socket lives on. When the server stops,
+        the socket ends with what `finish` still has to say.
         """
         writing = asyncio.ensure_future(self._write())
         over = asyncio.ensure_future(self._is_over.wait())
         receiving = asyncio.ensure_future(self._websocket.receive())
+        finishing: asyncio.Future[None] | None = None
         try:
             while not over.done():
+                if finishing is None and self._is_stopping():
+                    finishing = asyncio.ensure_future(self._finish(finish))
                 left = self._last + self._limits.idle_seconds - time.monotonic()
                 if left <= 0:
                     await self.close(IDLE, "Nothing was said for long.")
                     return
-                await asyncio.wait({receiving, over}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                waited = min(left, LOOK_SECONDS)
+                await asyncio.wait({receiving, over}, timeout=waited, return_when=asyncio.FIRST_COMPLETED)
                 if over.done() or not receiving.done():
                     continue
                 message = receiving.result()
@@ -107,12 +119,18 @@ class Connection:
                 receiving = asyncio.ensure_future(self._websocket.receive())
         finally:
             self._is_over.set()
-            for task in (writing, over, receiving):
+            tasks = {task for task in (writing, over, receiving, finishing) if task is not None}
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait({writing, over, receiving})
+            await asyncio.wait(tasks)
             while not self._outbox.empty():  # so that nobody waits for room in it
                 self._outbox.get_nowait()
                 await asyncio.sleep(0)
+
+    def check_takes_work(self) -> None:
+        """Raise a `Problem` when the server stops."""
+        if self._is_stopping():
+            raise _stopping()
 
     async def send(self, *events: dict[str, Any] | bytes) -> None:
         """Send events; waits while the client is behind with reading, and does nothing once the socket is over."""
@@ -123,6 +141,10 @@ class Connection:
         """Send what waits to be sent, and end."""
         await self.send({"type": "websocket.close", "code": code, "reason": reason})
         await self._is_over.wait()
+
+    async def _finish(self, finish: Callable[[], Awaitable[None]]) -> None:
+        await finish()
+        await self.close(STOPPING, "The server is stopping.")
 
     async def _take(
         self, message: Any, take: Callable[[str], Awaitable[None]], error_event: Callable[[Problem], Any]
@@ -178,6 +200,10 @@ def _message(event: dict[str, Any] | bytes) -> dict[str, Any]:
     if event["type"] == "websocket.close":
         return event
     return {"type": "websocket.send", "text": json.dumps(event)}
+
+
+def _stopping() -> Problem:
+    return problem_of(EngineClosed("The server is stopping."))
 
 
 def _invalid(error: ValidationError) -> Problem:

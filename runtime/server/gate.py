@@ -1,10 +1,9 @@
-"""The gate before every route: request ids, keys, bounds on the body and on how long it takes, and the log line."""
+"""The gate before every route: pages of other sites, keys, bounds on a body and its time, request ids, the log line."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import json
@@ -16,6 +15,7 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -28,6 +28,8 @@ logger = logging.getLogger("aloud.server")
 
 OPEN_PREFIX = "/health/"
 """What needs no key: whoever watches over the process has none."""
+SAFE_METHODS = ("GET", "HEAD")
+"""What a page of another site may ask for: nothing is changed by it, and browsers do not let the page read it."""
 EVERYBODY = "everybody"
 """The owner of what is made on a server without keys."""
 
@@ -57,6 +59,10 @@ class Gate:
             await send(message)
 
         try:
+            refusal = self._foreign(scope, headers)
+            if refusal is not None:
+                await self._refuse(scope, receive, send_with_id, refusal)
+                return
             owner = self._owner(scope["path"], headers)
             if owner is None:
                 await self._refuse(scope, receive, send_with_id, _unauthorised())
@@ -78,6 +84,21 @@ class Gate:
             milliseconds = round(1000 * (time.monotonic() - started), 1)
             line = {"request_id": request_id, "method": scope.get("method", "WS"), "path": scope["path"]}
             logger.info(json.dumps(line | {"status": status, "ms": milliseconds} | state.get("log", {})))
+
+    def _foreign(self, scope: Scope, headers: Headers) -> Problem | None:
+        """Why a request may come from a page of another site, which a browser lets ask every server it reaches."""
+        host = headers.get("host", "")
+        is_open = scope["path"].startswith(OPEN_PREFIX)
+        # A name of the attacker's may lead here: then the page and the server are one site to the browser.
+        if self._settings.hosts and not is_open and _name(host) not in self._settings.hosts:
+            message = "Without keys, this server answers to this machine's own names alone. Start it with a key file."
+            return Problem(403, message, "foreign_host")
+        if scope["type"] == "http" and scope["method"] in SAFE_METHODS:
+            return None
+        if all(_is_same(origin, host) for origin in headers.getlist("origin")):
+            return None
+        message = "Pages of other sites may not ask. Behind a proxy, let it pass the Host header on."
+        return Problem(403, message, "foreign_origin")
 
     def _owner(self, path: str, headers: Headers) -> str | None:
         """Who asks: a name made from the key; None for nobody who may."""
@@ -118,7 +139,7 @@ class _Body:
         self._bytes = 0
         self._is_read = False
         length = headers.get("content-length", "0")
-        self.is_too_long = not length.isdecimal() or int(length) > settings.limits.body_bytes
+        self.is_too_long = not length.isdecimal() or len(length) > 20 or int(length) > settings.limits.body_bytes
 
     async def receive(self) -> Message:
         """The next message; raises a `Problem` when it is too much, or takes too long."""
@@ -148,9 +169,31 @@ def _key(authorization: str) -> str:
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # no base64, no ASCII, no UTF-8
             return ""
     return ""
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without the port."""
+    try:
+        named = urlsplit(f"//{host}")
+        return (named.hostname or "") if named.port is None or named.port else ""  # raises for what is no port
+    except ValueError:
+        return ""
+
+
+def _is_same(origin: str, host: str) -> bool:
+    """Whether a page's origin is the server that a Host header names; a port that goes without saying may be said."""
+    try:
+        page = urlsplit(origin)
+        ours = urlsplit(f"{page.scheme}://{host}")
+        default = {"http": 80, "https": 443}.get(page.scheme)
+        return (
+            bool(page.hostname) and page.hostname == ours.hostname and (page.port or default) == (ours.port or default)
+        )
+    except ValueError:
+        return False
 
 
 def _fault(error: BaseException) -> dict[str, Any]:

@@ -12,6 +12,9 @@ conversation. Audio is 16-bit little-endian mono at the model's rate, which is 2
 | `response.cancel` | stop at once; the `response.done` that follows says `cancelled` |
 
 Everything else is answered by one `error`.
+
+When the server stops, the response that is being spoken is spoken to its end, everything new to say is answered by an
+`error`, and the socket is closed with code 1012.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ import asyncio
 import base64
 import secrets
 import time
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, WebSocket
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import TypeAdapter
 
 from aloud.live import Engine
 from aloud.live_speech import LiveSpeech
@@ -32,95 +35,10 @@ from aloud.server.connection import Connection, Door, SocketLimits, refuse
 from aloud.server.encode import FORMATS, encoder
 from aloud.server.metrics import Metrics
 from aloud.server.problems import Problem, problem_of
+from aloud.server.realtime_events import EVENT, MAX_ITEMS, EventHead, Item, ResponseFields, SessionAudio, SessionFields
 from aloud.server.settings import Settings
 from aloud.server.voices import Registry
 from aloud.session import Session
-
-MAX_ITEMS = 256
-"""Conversation items that may wait to be spoken."""
-
-
-class VoiceId(BaseModel):
-    """A voice as an object."""
-
-    id: str
-
-
-class OutputFormat(BaseModel):
-    """What the audio is."""
-
-    type: Literal["audio/pcm"] = "audio/pcm"
-    rate: int | None = None
-
-
-class Output(BaseModel):
-    """How to speak."""
-
-    voice: str | VoiceId | None = None
-    format: OutputFormat | None = None
-    speed: float | None = Field(default=None, ge=1, le=1)
-
-
-class SessionAudio(BaseModel):
-    """The audio part of a session."""
-
-    output: Output | None = None
-
-
-class SessionFields(BaseModel):
-    """What is looked at in `session.update`."""
-
-    type: Literal["realtime"] = "realtime"
-    audio: SessionAudio | None = None
-
-
-class Content(BaseModel):
-    """A part of a message."""
-
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-
-
-class Item(BaseModel):
-    """A message with text."""
-
-    type: Literal["message"] = "message"
-    id: str | None = Field(default=None, max_length=64)
-    role: Literal["user", "assistant", "system"] = "user"
-    content: list[Content] = Field(min_length=1, max_length=64)
-
-    @property
-    def text(self) -> str:
-        """What is to be spoken."""
-        return " ".join(part.text for part in self.content)
-
-
-class ResponseFields(BaseModel):
-    """What is looked at in `response.create`."""
-
-    input: list[Item] | None = Field(default=None, max_length=MAX_ITEMS)
-    audio: SessionAudio | None = None
-
-
-class ClientEvent(BaseModel):
-    """What a client sends."""
-
-    type: str
-    event_id: str | None = Field(default=None, max_length=512)
-    session: SessionFields | None = None
-    item: Item | None = None
-    response: ResponseFields | None = None
-    response_id: str | None = None
-
-
-EVENT: TypeAdapter[ClientEvent] = TypeAdapter(ClientEvent)
-
-
-class EventHead(BaseModel):
-    """Who an event is from and what it is, whatever else is wrong with it."""
-
-    type: str = ""
-    event_id: str | None = None
 
 
 def realtime_routes(
@@ -129,7 +47,7 @@ def realtime_routes(
     """The route of Realtime."""
     router = APIRouter()
     bounds = SocketLimits() if limits is None else limits
-    door = Door(bounds)
+    door = Door(bounds, lambda: engine.is_draining)
 
     @router.websocket("/v1/realtime")
     async def realtime(websocket: WebSocket) -> None:
@@ -161,7 +79,7 @@ class RealtimeSocket:
         self._owner: str = websocket.scope["state"]["owner"]
         self._log: dict[str, Any] = {"turns": 0, "audio_s": 0.0}
         websocket.scope["state"]["log"] = self._log
-        self._connection = Connection(websocket, limits)
+        self._connection = Connection(websocket, limits, lambda: engine.is_draining)
         self._engine = engine
         self._settings = settings
         self._registry = registry
@@ -178,10 +96,15 @@ class RealtimeSocket:
         """Until the socket ends; nothing is left of it then."""
         await self._send("session.created", session=self._described())
         try:
-            await self._connection.run(self._take, self._error)
+            await self._connection.run(self._take, self._error, self._finish)
         finally:
             if self._response is not None:
                 await self._response.stop()
+
+    async def _finish(self) -> None:
+        """Speak the response to its end."""
+        if self._response is not None:
+            await self._response.spoken()
 
     async def _take(self, text: str) -> None:
         """What one message asks for."""
@@ -191,6 +114,8 @@ class RealtimeSocket:
         if head.type not in ("session.update", "conversation.item.create", "response.create", "response.cancel"):
             raise Problem(400, "This server only speaks: it does not know this event.", "unknown_event", "type")
         event = EVENT.validate_json(text)
+        if event.type in ("conversation.item.create", "response.create"):
+            self._connection.check_takes_work()
         match event.type:
             case "session.update":
                 await self._update(event.session or SessionFields())
@@ -249,7 +174,8 @@ class RealtimeSocket:
         if fields.input is None:
             self._items = []
         text = " ".join(texts)
-        speech = self._session.stream(text, lead_seconds=self._settings.limits.lead_seconds)
+        lead = self._settings.limits.lead_seconds
+        speech = self._session.stream(text, lead_seconds=lead, is_taken=True)
         self._response = Response(self, speech, text)
 
     def _check_length(self, texts: list[str]) -> None:
@@ -328,15 +254,23 @@ class Response:
         self._speech = speech
         self._text = text
         self._frames = 0
+        self._is_stopped = False
+        self._speaking: asyncio.Future[None] | None = None
         self._task = asyncio.ensure_future(self._run())
 
     async def stop(self) -> None:
         """Stop speaking, and say so; as the socket ends, nobody hears it.
 
-        The task has begun by then: the socket has waited for a message since, so what it says in the end is said.
+        Only speaking is cancelled: of the events around it, each is sent, also to a client that is behind with reading.
         """
+        self._is_stopped = True
         self._speech.cancel()
-        self._task.cancel()
+        if self._speaking is not None:
+            self._speaking.cancel()
+        await asyncio.wait({self._task})
+
+    async def spoken(self) -> None:
+        """Return when all of it was said."""
         await asyncio.wait({self._task})
 
     async def _run(self) -> None:
@@ -347,13 +281,11 @@ class Response:
         self._socket.begun()
         try:
             await self._begin(where)
-            encoded = encoder(FORMATS["pcm"], 0)
-            async with self._speech:
-                async for chunk in self._speech:
-                    progress.made(chunk)
-                    delta = base64.b64encode(encoded.feed(chunk.samples)).decode()
-                    await self._socket.send_of_response("response.output_audio.delta", where | {"delta": delta})
-                    self._frames += 1
+            self._speaking = asyncio.ensure_future(self._speak(where, progress))
+            if self._is_stopped:
+                self._speaking.cancel()
+            await asyncio.wait({self._speaking})
+            self._speaking.result()
             status, outcome = "completed", "finished"
             if self._speech.finish_reason == "length":
                 status, details = "incomplete", {"type": "incomplete", "reason": "max_output_tokens"}
@@ -367,6 +299,15 @@ class Response:
         finally:
             self._socket.count(progress, outcome, failure)
         await self._end(where, status, details)
+
+    async def _speak(self, where: dict[str, Any], progress: Progress) -> None:
+        encoded = encoder(FORMATS["pcm"], 0)
+        async with self._speech:
+            async for chunk in self._speech:
+                progress.made(chunk)
+                delta = base64.b64encode(encoded.feed(chunk.samples)).decode()
+                await self._socket.send_of_response("response.output_audio.delta", where | {"delta": delta})
+                self._frames += 1
 
     async def _begin(self, where: dict[str, Any]) -> None:
         send, item = self._socket.send_of_response, _message(self._item_id, "assistant", "in_progress", [])

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from ipaddress import ip_address
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from aloud import open_files
 from aloud.api import Runtime
+from aloud.errors import RequestError
 from aloud.live import Engine
 from aloud.server.app import create_app
 from aloud.server.settings import Limits, Settings
 
 TICKS = 10
 """Between two looks at the connections; uvicorn ticks ten times a second."""
+OPEN_FILES = 65_536
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Server(uvicorn.Server):
@@ -59,10 +67,15 @@ class Server(uvicorn.Server):
     def _drain(self) -> None:
         end = time.monotonic() + self._drain_seconds
         is_drained = self._engine.drain_sync(self._drain_seconds)
-        # Between two sentences of a speech the engine has nothing of it.
-        while is_drained and (self._speaking() or not self._engine.loop.is_idle) and time.monotonic() < end:
+        # Between two sentences of a speech, and two turns of a socket, the engine has nothing of it.
+        while is_drained and self._is_busy() and time.monotonic() < end:
             time.sleep(0.01)
         self.should_exit = True
+
+    def _is_busy(self) -> bool:
+        # WebSockets end by themselves when the engine drains.
+        has_sockets = not all(isinstance(connection, H11Protocol) for connection in list(self.server_state.connections))
+        return has_sockets or self._speaking() > 0 or not self._engine.loop.is_idle
 
     def _end_still_connections(self, now: float) -> None:
         still: dict[Any, tuple[object, bool, float]] = {}
@@ -82,16 +95,63 @@ class Server(uvicorn.Server):
         self._still = still
 
 
-def serve(runtime: Runtime, settings: Settings, *, host: str, port: int, drain_seconds: float, max_waiting: int) -> int:
-    """Serve until a signal -> the exit status: 0, or 1 when the address could not be had."""
+def bind(host: str, port: int) -> list[socket.socket]:
+    """The sockets of an address, before a model is loaded for it: nobody listens there, and nobody is let in yet.
+
+    Raises a `RequestError` when they cannot be had.
+    """
+    if not 0 <= port <= 65_535:
+        raise RequestError(f"There is no port {port}. Choose --port from 0 to 65535; 0 is any that is free.")
+    with ExitStack() as opened, _address_errors(host, port):
+        sockets = []
+        for family, kind, protocol, _, address in dict.fromkeys(
+            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        ):
+            made = opened.enter_context(socket.socket(family, kind, protocol))
+            if os.name == "posix":  # elsewhere it would let two listen
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            made.bind(address)
+            sockets.append(made)
+        opened.pop_all()
+        return sockets
+
+
+@contextmanager
+def _address_errors(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeError) as error:  # the latter of names that are none
+        reason = getattr(error, "strerror", None) or "it is no name of a machine"
+        raise RequestError(f"{host} port {port} cannot be had: {reason}. Choose another --host or --port.") from error
+
+
+def own_names(host: str) -> tuple[str, ...]:
+    """The names to answer to when bound to an address that only this machine reaches; else none, which means any."""
+    try:
+        is_loopback = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    return (*LOOPBACK, host) if is_loopback else ()
+
+
+def serve(
+    runtime: Runtime, settings: Settings, sockets: list[socket.socket], *, drain_seconds: float, max_waiting: int
+) -> int:
+    """Serve on sockets of `bind` until a signal -> the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    open_files.allow(OPEN_FILES)
+    for bound in sockets:  # somebody else may have been faster
+        host, port = bound.getsockname()[:2]
+        with _address_errors(host, port):
+            bound.listen()
     with Engine(runtime, max_waiting=max_waiting) as engine:
         app = create_app(engine, settings)
         config = uvicorn.Config(
             app,
-            host=host,
-            port=port,
             http=H11Protocol,
+            lifespan="off",  # the application has none
             access_log=False,  # the gate writes a line for each request
             timeout_graceful_shutdown=math.ceil(settings.limits.lead_seconds),
             server_header=False,
@@ -99,5 +159,12 @@ def serve(runtime: Runtime, settings: Settings, *, host: str, port: int, drain_s
             h11_max_incomplete_event_size=65_536,
         )
         server = Server(config, engine, drain_seconds, lambda: app.state.metrics.speaking, settings.limits)
-        server.run()
+        for bound in sockets:
+            logging.getLogger("uvicorn.error").info("Serving on %s (Ctrl-C stops it)", _url(bound))
+        server.run(sockets)
         return 0 if server.started else 1
+
+
+def _url(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"

@@ -18,9 +18,11 @@ class Limits:
     body_bytes: int = 30_000_000
     text_characters: int = 20_000
     sample_seconds: float = 60.0  # of a voice's sample or a turn's audio
+    context_turns: int = 64  # of one request
+    context_seconds: float = 120.0  # of the audio of all of them
     voices: int = 100  # that one key may keep
     sessions: int = 100  # that one key may have at once
-    session_seconds: float = 900.0  # without a request, after which a session is forgotten
+    session_seconds: float = 900.0  # without a request, or in a file without a turn, after which one is forgotten
     read_seconds: float = 30.0  # between two parts of a request's body
     write_seconds: float = 30.0  # that a client may take to read what is sent
     lead_seconds: float = 10.0  # that a response may run ahead of being played
@@ -33,7 +35,9 @@ class Settings:
 
     model: str
     keys: tuple[str, ...] = ()  # none: everybody may come
+    hosts: tuple[str, ...] = ()  # names that it answers to, without ports; none: any
     voices: Path | None = None  # folder; None: voices are kept in memory alone
+    sessions: Path | None = None  # folder, which several servers may share; None: in memory alone
     aliases: dict[str, str | int] = field(default_factory=lambda: default_aliases())
     limits: Limits = field(default_factory=Limits)
 

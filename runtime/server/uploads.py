@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import av
 import numpy as np
@@ -12,6 +13,8 @@ from aloud.errors import AudioEmpty, AudioInvalid, AudioNotFinite, AudioRateInva
 
 OPTIONS = {"format_whitelist": "wav,w64,flac,mp3,ogg,matroska,webm,mov,mp4,aac,aiff,caf", "protocol_whitelist": "none"}
 """Only formats that hold their audio themselves: FFmpeg would also follow playlists to files and addresses."""
+# Names and comments that are no UTF-8 are nothing to fail at; since PyAV 19 they never are.
+LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8_000, 192_000
 
 
@@ -26,7 +29,7 @@ def decode_audio(data: bytes, sample_rate: int, max_seconds: float) -> np.ndarra
     parts: list[np.ndarray] = []
     count = 0
     try:
-        with av.open(io.BytesIO(data), metadata_errors="ignore", options=OPTIONS) as container:
+        with av.open(io.BytesIO(data), options=OPTIONS, **LENIENT) as container:
             if not container.streams.audio:
                 raise AudioUnreadable("There is no audio in what was sent.")
             resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)

@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -42,7 +43,17 @@ class VoiceRecord:
     consent: str  # how the speaker agreed
     sha256: str  # of the sample file
     seconds: float
-    created: int  # seconds since 1970
+    created_at: int  # seconds since 1970
+
+
+@dataclass(frozen=True)
+class ListedVoice(VoiceRecord):
+    """A voice as its clients see it, which is more than OpenAI's clients look for."""
+
+    id: str
+    object: Literal["audio.voice"]
+    type: Literal["audio_sample"]
+    is_public: bool  # of the operator; nobody's to delete
 
 
 class Registry:
@@ -56,7 +67,7 @@ class Registry:
         self._lock = threading.RLock()
         self._read: OrderedDict[tuple[str, str, str], Voice] = OrderedDict()  # by owner, name and digest
 
-    def names(self, owner: str) -> list[VoiceRecord]:
+    def listed(self, owner: str) -> list[ListedVoice]:
         """The voices that an owner can use."""
         found = {}
         for place in (PUBLIC, owner):
@@ -64,10 +75,10 @@ class Registry:
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
                 record = self._record(place, path.name)
                 if record is not None:
-                    found[record.name] = record
+                    found[record.name] = _listed(record, is_public=place == PUBLIC)
         return list(found.values())
 
-    def add(self, owner: str, name: str, samples: np.ndarray, text: str, consent: str) -> VoiceRecord:
+    def add(self, owner: str, name: str, samples: np.ndarray, text: str, consent: str) -> ListedVoice:
         """Keep a new voice."""
         check_name(name)
         if name in self._settings.aliases:
@@ -90,7 +101,7 @@ class Registry:
             except BaseException:
                 shutil.rmtree(building, ignore_errors=True)
                 raise
-        return record
+        return _listed(record, is_public=False)
 
     def delete(self, owner: str, name: str) -> None:
         """Forget a voice of an owner's."""
@@ -141,6 +152,10 @@ def check_name(name: str) -> None:
     """Raise a `Problem` for what cannot be a voice's name."""
     if NAME.fullmatch(name) is None:
         raise Problem(400, "A voice's name is 1 to 64 of a-z, 0-9, _ and -.", "invalid_name", "name")
+
+
+def _listed(record: VoiceRecord, *, is_public: bool) -> ListedVoice:
+    return ListedVoice(**asdict(record), id=record.name, object="audio.voice", type="audio_sample", is_public=is_public)
 
 
 def _unknown(name: str) -> Problem:

@@ -23,6 +23,9 @@ A context is a conversation: what it has spoken is what its next words follow on
 | `error` | `error` as over HTTP, `retry_after_seconds`, `context_id` if it is a context's | one for each wrong message, and one for a turn that failed: its further text is dropped until flush, done or cancel, which are answered as always |
 
 When a socket has as many contexts as it may, a new one takes the place of the one that has been silent for longest.
+
+When the server stops, text that comes is refused with an `error`, and it is as if `input.done` had come for every
+context: what was given is spoken to its end. Then the socket is closed with code 1012.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -32,94 +35,43 @@ import base64
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, WebSocket
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from aloud.audio import Audio
 from aloud.live import Engine
-from aloud.prepare import MAX_SPEAKER
-from aloud.request import MAX_TEMPERATURE
 from aloud.server.answer import Progress
 from aloud.server.connection import Connection, Door, SocketLimits, refuse
-from aloud.server.encode import FORMATS, Encoder, encoder
+from aloud.server.encode import FORMATS, Encoder, Encoders
 from aloud.server.metrics import Metrics
 from aloud.server.problems import Problem, problem_of
 from aloud.server.settings import Settings
 from aloud.server.voices import Registry
+from aloud.server.websocket_messages import (
+    MESSAGES,
+    InputCancel,
+    InputDone,
+    InputFlush,
+    InputText,
+    SessionClose,
+    SessionConfig,
+)
 from aloud.session import Session
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class SessionConfig(_Message):
-    """How contexts that begin later speak."""
-
-    type: Literal["session.config"] = "session.config"
-    voice: str = "alloy"
-    speaker: int | None = Field(default=None, ge=0, le=MAX_SPEAKER)
-    response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = "pcm"
-    audio: Literal["base64", "binary"] = "base64"
-    seed: int | None = Field(default=None, ge=0, lt=2**64)
-    temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
-    top_k: int | None = Field(default=None, ge=0, lt=2**31)
-    depth_temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
-    depth_top_k: int | None = Field(default=None, ge=0, lt=2**31)
-    max_seconds: float | None = Field(default=None, gt=0, le=3600)
-
-
-class _OfContext(_Message):
-    context_id: str = Field("default", pattern=r"^[A-Za-z0-9_-]{1,64}$")
-
-
-class InputText(_OfContext):
-    """More text."""
-
-    type: Literal["input.text"]
-    text: str = Field(min_length=1)
-
-
-class InputFlush(_OfContext):
-    """The end of a turn's text."""
-
-    type: Literal["input.flush"]
-
-
-class InputDone(_OfContext):
-    """The end of a context's text."""
-
-    type: Literal["input.done"]
-
-
-class InputCancel(_OfContext):
-    """Stop."""
-
-    type: Literal["input.cancel"]
-
-
-class SessionClose(_Message):
-    """Leave."""
-
-    type: Literal["session.close"]
-
-
-MESSAGES: TypeAdapter[Any] = TypeAdapter(
-    Annotated[
-        SessionConfig | InputText | InputFlush | InputDone | InputCancel | SessionClose, Field(discriminator="type")
-    ]
-)
-
-
 def websocket_routes(
-    engine: Engine, settings: Settings, registry: Registry, metrics: Metrics, limits: SocketLimits | None = None
+    engine: Engine,
+    settings: Settings,
+    registry: Registry,
+    metrics: Metrics,
+    encoders: Encoders,
+    limits: SocketLimits | None = None,
 ) -> APIRouter:
     """The route of speech over a WebSocket."""
     router = APIRouter()
     bounds = SocketLimits() if limits is None else limits
-    door = Door(bounds)
+    door = Door(bounds, lambda: engine.is_draining)
 
     @router.websocket("/v1/audio/speech/stream")
     async def speech_socket(websocket: WebSocket) -> None:
@@ -127,7 +79,7 @@ def websocket_routes(
         try:
             with door.entered(websocket):
                 await websocket.accept()
-                await SpeechSocket(websocket, engine, settings, registry, metrics, bounds).run()
+                await SpeechSocket(websocket, engine, settings, registry, metrics, encoders, bounds).run()
         except Problem as problem:
             await refuse(websocket, problem)
 
@@ -166,7 +118,13 @@ class Context:
     """One conversation of a socket: its turns are spoken one after the other by a task of its own."""
 
     def __init__(
-        self, context_id: str, session: Session, config: SessionConfig, engine: Engine, lead_seconds: float
+        self,
+        context_id: str,
+        session: Session,
+        config: SessionConfig,
+        encoders: Encoders,
+        sample_rate: int,
+        lead_seconds: float,
     ) -> None:
         self.id = context_id
         self.session = session
@@ -176,7 +134,8 @@ class Context:
         self.encoder: Encoder | None = None  # of the bytes since `audio.start`
         self.turns: list[Turn] = []  # the first is being spoken, the last takes text until it has an ending
         self.task: asyncio.Task[None] | None = None
-        self._sample_rate = engine.runtime.sample_rate
+        self._encoders = encoders
+        self._sample_rate = sample_rate
 
     @property
     def is_ending(self) -> bool:
@@ -191,11 +150,16 @@ class Context:
             self.turns.append(Turn())
         return self.turns[-1]
 
-    def encoded(self, chunk: Audio) -> tuple[dict[str, Any] | bytes, ...]:
+    def finish(self) -> None:
+        """Take no more text, as after `input.done`."""
+        if not self.is_ending:
+            self.open_turn(len(self.turns) + 1).end("done")
+
+    async def encoded(self, chunk: Audio) -> tuple[dict[str, Any] | bytes, ...]:
         """The events of a chunk."""
         if self.encoder is not None:
-            return self._delta(self.encoder.feed(chunk.samples))
-        self.encoder = encoder(self.format, self._sample_rate)
+            return self._delta(await self._encoders.feed(self.encoder, chunk.samples))
+        self.encoder = self._encoders.new(self.format)
         start = {
             "type": "audio.start",
             "context_id": self.id,
@@ -203,7 +167,7 @@ class Context:
             "content_type": self.format.content_type,
             "sample_rate": self._sample_rate,
         }
-        return start, *self._delta(self.encoder.feed(chunk.samples))
+        return start, *self._delta(await self._encoders.feed(self.encoder, chunk.samples))
 
     def ended(self) -> tuple[dict[str, Any] | bytes, ...]:
         """The events of the last bytes."""
@@ -229,16 +193,18 @@ class SpeechSocket:
         settings: Settings,
         registry: Registry,
         metrics: Metrics,
+        encoders: Encoders,
         limits: SocketLimits,
     ) -> None:
         self._owner: str = websocket.scope["state"]["owner"]
         self._log: dict[str, Any] = {"turns": 0, "audio_s": 0.0}
         websocket.scope["state"]["log"] = self._log
-        self._connection = Connection(websocket, limits)
+        self._connection = Connection(websocket, limits, lambda: engine.is_draining)
         self._engine = engine
         self._settings = settings
         self._registry = registry
         self._metrics = metrics
+        self._encoders = encoders
         self._limits = limits
         self._config = SessionConfig()
         self._contexts: OrderedDict[str, Context] = OrderedDict()  # the one that was used last is last
@@ -246,13 +212,23 @@ class SpeechSocket:
     async def run(self) -> None:
         """Until the socket ends; nothing is left of it then."""
         try:
-            await self._connection.run(self._take, lambda problem: _error(problem, None))
+            await self._connection.run(self._take, lambda problem: _error(problem, None), self._finish)
         finally:
             tasks = {context.task for context in self._contexts.values() if context.task is not None}
             for task in tasks:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks)
+
+    async def _finish(self) -> None:
+        """Speak all that was given to its end, and take no more."""
+        for context in self._contexts.values():
+            context.finish()
+            self._speak(context)
+        while tasks := {
+            context.task for context in self._contexts.values() if context.task is not None and not context.task.done()
+        }:
+            await asyncio.wait(tasks)
 
     async def _take(self, text: str) -> None:
         """What one message asks for."""
@@ -276,6 +252,7 @@ class SpeechSocket:
                 await self._connection.close()
 
     async def _text(self, message: InputText) -> None:
+        self._connection.check_takes_work()
         most = self._settings.limits.text_characters
         context = self._contexts.get(message.context_id)
         waiting = 0
@@ -327,7 +304,8 @@ class SpeechSocket:
             depth_temperature=config.depth_temperature,
             depth_top_k=config.depth_top_k,
         )
-        context = Context(context_id, session, config, self._engine, self._settings.limits.lead_seconds)
+        sample_rate, lead_seconds = self._engine.runtime.sample_rate, self._settings.limits.lead_seconds
+        context = Context(context_id, session, config, self._encoders, sample_rate, lead_seconds)
         self._contexts[context_id] = context
         return context
 
@@ -368,12 +346,16 @@ class SpeechSocket:
         self._metrics.speaking += 1
         try:
             speech = context.session.stream(
-                turn.parts(), seed=config.seed, max_seconds=config.max_seconds, lead_seconds=context.lead_seconds
+                turn.parts(),
+                seed=config.seed,
+                max_seconds=config.max_seconds,
+                lead_seconds=context.lead_seconds,
+                is_taken=True,
             )
             async with speech:
                 async for chunk in speech:
                     turn.progress.made(chunk)
-                    await self._connection.send(*context.encoded(chunk))
+                    await self._connection.send(*await context.encoded(chunk))
                     turn.sent_seconds += chunk.duration
             outcome = "finished"
             return speech.finish_reason

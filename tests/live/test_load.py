@@ -175,7 +175,8 @@ def test_minutes_of_1500_streams_without_a_late_frame(seed: int) -> None:
     check_under_capacity(60.0, seed)
 
 
-@pytest.mark.full_size
+@pytest.mark.by_hand
+@pytest.mark.timeout(3600)
 def test_an_hour_of_1500_streams_without_a_late_frame(seed: int) -> None:
     check_under_capacity(3600.0, seed)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
 import socket
@@ -10,14 +12,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
 
 from aloud.checkpoint.random import write_random
-from server.running import LONG, asked, assert_problem, wait_until
+from server.running import FRAME, LONG, asked, assert_problem, wait_until
 
 KEY = "a-key-for-the-test"
 
@@ -103,6 +108,41 @@ def test_it_drains(folder: Path) -> None:
         assert done.is_set()
         assert received == whole.content
         assert running.wait(20) == 0
+        assert "Traceback" not in running.stderr.read()  # type: ignore[union-attr]
+
+
+def until_closed(client: ClientConnection) -> Iterator[str | bytes]:
+    with suppress(ConnectionClosed):
+        while True:
+            yield client.recv(timeout=20)
+
+
+def test_sockets_do_not_hold_it(folder: Path) -> None:
+    """A turn whose text never ends is spoken as far as it was given; a silent socket is closed at once."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    with process(folder) as (running, client):
+        address = f"ws://127.0.0.1:{client.base_url.port}"
+        with (
+            connect(f"{address}/v1/audio/speech/stream", additional_headers=headers) as speaking,
+            connect(f"{address}/v1/realtime", additional_headers=headers) as silent,
+        ):
+            speaking.send(json.dumps({"type": "session.config", "max_seconds": 3}))
+            assert json.loads(speaking.recv(timeout=20))["type"] == "session.configured"
+            speaking.send(json.dumps({"type": "input.text", "text": "One sentence that is whole. And another that is"}))
+            assert json.loads(speaking.recv(timeout=20))["type"] == "audio.start"
+            began = time.monotonic()
+            running.send_signal(signal.SIGTERM)
+            assert json.loads(silent.recv(timeout=20))["type"] == "session.created"
+            with pytest.raises(ConnectionClosed) as closed:
+                silent.recv(timeout=20)
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1012
+            events: list[dict[str, Any]] = [json.loads(message) for message in until_closed(speaking)]
+            assert speaking.protocol.close_code == 1012
+        assert events[-1]["type"] == "audio.done"
+        assert sum(len(base64.b64decode(event.get("audio", ""))) for event in events) == 38 * FRAME * 2
+        assert running.wait(20) == 0
+        assert time.monotonic() - began < 50  # and not the 100 s that it may take
         assert "Traceback" not in running.stderr.read()  # type: ignore[union-attr]
 
 

@@ -21,6 +21,7 @@ import aloud.server
 from aloud import Engine
 from aloud.server import gate
 from aloud.server.app import create_app
+from aloud.server.serve import own_names
 from aloud.server.settings import Limits, Settings
 from server.running import LONG, TEXT, Lines, Running, asked, assert_problem, is_idle, serving, wait_until
 
@@ -109,11 +110,21 @@ def test_a_key_opens(locked: Running, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["Bearer", "Basic", "Basic !!!", "Basic " + base64.b64encode(b"\xff").decode(), "Digest x", ""]
+    "header",
+    [
+        b"Bearer",
+        b"Basic",
+        b"Basic !!!",
+        b"Basic " + base64.b64encode(b"\xff"),
+        b"Basic \xe9",
+        b"Bearer \xe9",
+        b"Digest x",
+        b"",
+    ],
 )
-def test_wrong_headers(locked: Running, header: str) -> None:
+def test_wrong_headers(locked: Running, header: bytes) -> None:
     with locked.client() as client:
-        answer = client.get("/v1/models", headers={"authorization": header})
+        answer = client.get("/v1/models", headers=[(b"authorization", header)])
     assert_problem(answer, 401)
     assert answer.headers["www-authenticate"].startswith("Basic")
 
@@ -139,6 +150,150 @@ def test_keys_are_compared_in_constant_time(locked: Running, monkeypatch: pytest
     with locked.client(KEYS[0]) as client:
         assert client.get("/v1/models").status_code == 200
     assert compared == [key.encode() for key in KEYS]
+
+
+# --- pages of other sites --------------------------------------------------------------------------------------------
+
+
+def ask(running: Running, method: str, path: str, *lines: str) -> bytes:
+    """Ask with these header lines and a small form -> the answer."""
+    body = b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\nHm.\r\n--x--\r\n'
+    given = [f"{method} {path} HTTP/1.1", *lines, "Connection: close", "Content-Type: multipart/form-data; boundary=x"]
+    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
+        connection.sendall("\r\n".join([*given, f"Content-Length: {len(body)}"]).encode() + b"\r\n\r\n" + body)
+        return answer_of(connection)
+
+
+FOREIGN = ["http://evil.example", "http://127.0.0.1:1", "http://localhost:{port}", "https://127.0.0.1", "null", "x", "",
+           "http://127.0.0.1:{port}.evil.example", "http://127.0.0.1:{port}x", "http://[::1"]  # fmt: skip
+OWN = ["http://127.0.0.1:{port}", "HTTP://127.0.0.1:{port}", "https://127.0.0.1:{port}"]
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
+def test_a_page_of_another_site_changes_nothing(server: Running, method: str, origin: str) -> None:
+    """Browsers send what needs no preflight to every server that they reach, this machine's own included."""
+    for path in ("/v1/sessions/one/turns", "/v1/audio/voices", "/health/live", "/nothing"):
+        lines = (f"Host: 127.0.0.1:{server.port}", f"Origin: {origin.format(port=server.port)}")
+        answer = ask(server, method, path, *lines)
+        assert answer.startswith(b"HTTP/1.1 403 "), answer
+        assert b'"code":"foreign_origin"' in answer
+        assert b"access-control" not in answer.lower()
+
+
+def test_its_key_does_not_help_it(locked: Running) -> None:
+    """Browsers remember the password of basic authentication, and send it along."""
+    basic = base64.b64encode(f"anybody:{KEYS[0]}".encode()).decode()
+    lines = (f"Host: 127.0.0.1:{locked.port}", f"Authorization: Basic {basic}")
+    assert ask(locked, "POST", "/v1/sessions/one/turns", *lines).startswith(b"HTTP/1.1 404 ")
+    answer = ask(locked, "POST", "/v1/sessions/one/turns", *lines, "Origin: http://evil.example")
+    assert answer.startswith(b"HTTP/1.1 403 ")
+
+
+@pytest.mark.parametrize("origin", OWN)
+def test_its_own_page_may_ask(server: Running, origin: str) -> None:
+    lines = (f"Host: 127.0.0.1:{server.port}", f"Origin: {origin.format(port=server.port)}")
+    answer = ask(server, "POST", "/v1/sessions/one/turns", *lines)
+    assert answer.startswith(b"HTTP/1.1 404 "), answer  # past the gate: there is no such session
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "is_own"),
+    [
+        ("speech.example", "https://speech.example", True),  # behind a proxy that passes Host on
+        ("speech.example", "https://speech.example:443", True),
+        ("speech.example:443", "https://speech.example", True),
+        ("SPEECH.example", "https://speech.example", True),
+        ("speech.example:80", "http://speech.example", True),
+        ("speech.example:80", "https://speech.example", False),
+        ("speech.example", "https://speech.example:8443", False),
+        ("speech.example", "https://other.speech.example", False),
+        ("[::1]:8000", "http://[::1]:8000", True),
+        ("[::1]:8000", "http://[::2]:8000", False),
+    ],
+)
+def test_ports_that_go_without_saying(server: Running, host: str, origin: str, is_own: bool) -> None:
+    answer = ask(server, "POST", "/v1/sessions/one/turns", f"Host: {host}", f"Origin: {origin}")
+    assert answer.startswith(b"HTTP/1.1 404 " if is_own else b"HTTP/1.1 403 "), answer
+
+
+def test_two_origins_are_not_one(server: Running) -> None:
+    own = f"127.0.0.1:{server.port}"
+    for lines in ([f"Origin: http://{own}", "Origin: http://evil.example"], ["Origin: x", f"Origin: http://{own}"]):
+        assert ask(server, "POST", "/v1/sessions/one/turns", f"Host: {own}", *lines).startswith(b"HTTP/1.1 403 ")
+
+
+def test_what_changes_nothing_may_be_asked_for(server: Running) -> None:
+    """A link to the page, an address opened from elsewhere: the browser keeps the answer from the other page."""
+    answer = ask(server, "GET", "/v1/models", f"Host: 127.0.0.1:{server.port}", "Origin: http://evil.example")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"access-control" not in answer.lower()
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/speech/stream", "/v1/realtime"])
+def test_sockets_of_other_sites(server: Running, path: str) -> None:
+    """Browsers open them to every server, and let the page read them: `Origin` is all that tells."""
+    own = f"Origin: http://127.0.0.1:{server.port}\r\n"
+    assert " 403 " in handshake(server, path, own)  # the handshake's Host has no port
+    assert " 403 " in handshake(server, path, "Origin: http://evil.example\r\n")
+    assert " 101 " in handshake(server, path, "Origin: http://127.0.0.1\r\n")
+    assert " 101 " in handshake(server, path)
+
+
+@pytest.fixture(scope="module")
+def local(engine: Engine) -> Iterator[Running]:
+    """A server that answers to this machine's own names alone, as `aloud serve` does without keys."""
+    with serving(engine, Settings(model="small", hosts=own_names("127.0.0.1"))) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("host", "is_ours"),
+    [
+        ("127.0.0.1", True),
+        ("127.0.0.1:{port}", True),
+        ("localhost:{port}", True),
+        ("LOCALHOST", True),
+        ("[::1]:{port}", True),
+        ("localhost:1", True),  # a port that something forwards
+        ("evil.example", False),
+        ("evil.example:{port}", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("127.0.0.1:{port}.evil.example", False),
+        ("0.0.0.0:{port}", False),
+        ("[::1", False),
+        ("", False),
+    ],
+)
+def test_names_that_a_server_answers_to(local: Running, host: str, is_ours: bool) -> None:
+    """A page whose name its owner makes point here is of one site with the server, to the browser."""
+    for method, path in (("GET", "/v1/models"), ("GET", "/"), ("POST", "/v1/sessions/one/turns")):
+        answer = ask(local, method, path, f"Host: {host.format(port=local.port)}")
+        assert answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 404 ") if is_ours else b"HTTP/1.1 403 "), answer
+        if not is_ours:
+            assert b'"code":"foreign_host"' in answer
+            assert b"key file" in answer
+    assert ask(local, "GET", "/health/ready", f"Host: {host.format(port=local.port)}").startswith(b"HTTP/1.1 200 ")
+
+
+def test_sockets_by_other_names(local: Running) -> None:
+    asked_for = (
+        "GET /v1/realtime HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    )
+    key = base64.b64encode(bytes(16)).decode()
+    for host, status in (("localhost", b" 101 "), ("evil.example", b" 403 ")):
+        with socket.create_connection(("127.0.0.1", local.port), timeout=10) as connection:
+            lines = f"Host: {host}\r\nOrigin: http://{host}\r\nSec-WebSocket-Key: {key}\r\n\r\n"
+            connection.sendall((asked_for + lines).encode())
+            assert status in connection.recv(4096).split(b"\r\n")[0]
+
+
+def test_which_names_are_this_machines() -> None:
+    for host in ("127.0.0.1", "localhost", "::1", "127.8.9.1"):
+        assert {"localhost", "127.0.0.1", "::1", host} == set(own_names(host))
+    for host in ("0.0.0.0", "::", "192.168.1.2", "speech.example", "", "localhost.example"):
+        assert own_names(host) == ()
 
 
 # --- bodies -----------------------------------------------------------------------------------------------------------

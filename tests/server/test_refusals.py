@@ -87,6 +87,134 @@ def test_a_wrong_content_type(server: Running) -> None:
         assert_problem(client.post("/v1/audio/speech", content=json.dumps(asked()), headers=plain), 400)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"\\ud800": 1, "input": "a"}',
+        b'{"voice": "\\ud800", "input": "a"}',
+        b'{"voice": {"id": "\\udfff"}, "input": "a"}',
+        b'{"session_id": "\\ud800", "input": "a"}',
+        b'{"session_id": "a\\u0000b", "input": "a"}',
+        b'{"voice": "\\u0000", "input": "a"}',
+        b'{"response_format": "\\ud800", "input": "a"}',
+        b'{"context": [{"text": "\\ud800"}], "input": "a"}',
+        b'{"input": "a", "context": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"input": "a", "voice": ' + b'{"id":' * 900 + b"1" + b"}" * 900 + b"}",
+        b'{"input": "a", "seed": ' + b"9" * 5000 + b"}",
+        b'{"input": "a", "top_k": 1e400}',
+        b'{"input": "a", "speaker": -1e400}',
+        b'{"input": "a", "seed": 1.5e300}',
+        b'{"input": "a", "seed": "7"}',
+        b'{"input": "a", "speaker": true}',
+        b'{"input": "a", "temperature": false}',
+        b'{"input": "a", "' + b"f" * 100_000 + b'": 1}',
+        b'{"input": "a"}' * 2,
+        b"\xef\xbb\xbf{",
+        b'"\\ud800"',
+    ],
+)
+def test_bodies_that_break_what_is_careless(server: Running, lines: Lines, content: bytes) -> None:
+    """Halves of characters, depths, numbers that no one has: refused in a few words."""
+    with server.client() as client:
+        headers = {"content-type": "application/json"}
+        answer = client.post("/v1/audio/speech", content=content, headers=headers)
+        assert answer.status_code in (400, 404)
+        assert_problem(answer, answer.status_code)
+        assert len(answer.content) < 1000
+        session = client.put("/v1/sessions/odd", content=content, headers=headers)
+        assert_problem(session, 400)
+    assert not lines.errors
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        "[NaN]",
+        "[Infinity]",
+        "[1e400]",
+        f"[{'9' * 4000}]",
+        f"[{'9' * 5000}]",
+        "[true]",
+        "[1.5]",
+        "[null]",
+        '["\\ud800"]',
+        "[{}]",
+        "[[1]]",
+        "[" * 900 + "]" * 900,
+        "{}",
+        '"ab"',
+    ],
+)
+def test_tokens_that_are_none(server: Running, lines: Lines, turns: str) -> None:
+    """In an import: as text tokens and as codes."""
+    with server.client() as client:
+        for tokens, codes in ((turns, "[]"), ("[-1]", turns), (turns, turns), ("[-1]", f"[{turns}]")):
+            content = f'{{"version": 1, "voice": "alloy", "turns": [{{"text_tokens": {tokens}, "codes": {codes}}}]}}'
+            assert_problem(client.put("/v1/sessions/odd", content=content.encode()), 400)
+    assert not lines.errors
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/voices", "/v1/sessions/one/turns"])
+def test_forms_that_are_none(server: Running, lines: Lines, path: str) -> None:
+    text = b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n'
+    kinds: dict[str, bytes] = {
+        "": b"text=a",
+        "application/json": b"{}",
+        "application/x-www-form-urlencoded": b"&".join([b"text=a"] * 100_000),
+        "multipart/form-data": text + b"a\r\n--x--",
+        "multipart/form-data; boundary=": text + b"a\r\n--x--",
+        "multipart/form-data; boundary=x": b"nothing",
+        "multipart/form-data; boundary=x;": text,
+        "multipart/form-data; boundary=x; charset=undefined": text + b"a\r\n--x--",
+        "multipart/form-data; boundary=x; charset=utf-7": text + b"+2AA-\r\n--x--",
+        "multipart/form-data; boundary=x; charset=unicode_escape": text + b"\\ud800\r\n--x--",
+        "multipart/form-data; boundary=x; a=b": text.replace(b'"text"', b'"text\xff"') + b"a\r\n--x--",
+        "multipart/form-data; boundary=x; b=c": (text + b"a\r\n") * 2 + b"--x--",
+        "multipart/form-data; boundary=x; c=d": text.replace(b'"text"', b'"other"') + b"a\r\n--x--",
+        "multipart/form-data; boundary=x; d=e": b"--x\r\n" + b"X: y\r\n" * 10_000 + b"\r\na\r\n--x--",
+    }
+    with server.client() as client:
+        client.put("/v1/sessions/one", json={"version": 1, "voice": "alloy", "turns": []})
+        for kind, content in kinds.items():
+            answer = client.post(path, content=content, headers={"content-type": kind})
+            assert answer.status_code == 400, (kind, answer.text)
+            assert_problem(answer, 400)
+    assert not lines.errors
+
+
+def test_headers_that_are_there_twice(server: Running, lines: Lines) -> None:
+    content = json.dumps(asked(max_seconds=0.08)).encode()
+    json_type, form_type = (b"content-type", b"application/json"), (b"content-type", b"multipart/form-data; boundary=x")
+    with server.client() as client:
+        for headers in (
+            [json_type, form_type],
+            [form_type, json_type],
+            [json_type] * 2,
+            [(b"authorization", b"a")] * 2,
+        ):
+            for path in ("/v1/audio/speech", "/v1/sessions/one/turns", "/v1/audio/voices"):
+                answer = client.post(path, content=content, headers=headers)
+                assert answer.status_code in (200, 400), (headers, path)
+    assert not lines.errors
+
+
+@pytest.mark.parametrize(
+    "name", ["%00", "a%00b", "%ED%A0%80", "%FF", "a" * 5000, "..", "%2e%2e", "a%2fb", "%0d%0a", "a b"]
+)
+def test_ids_that_are_none(server: Running, lines: Lines, name: str) -> None:
+    with server.client() as client:
+        for method, path in (
+            ("GET", "sessions"),
+            ("PUT", "sessions"),
+            ("DELETE", "sessions"),
+            ("DELETE", "audio/voices"),
+        ):
+            content = b'{"version": 1, "voice": "alloy", "turns": []}'
+            assert client.request(method, f"/v1/{path}/{name}", content=content).status_code in (400, 404, 405)
+        assert client.post(f"/v1/sessions/{name}/turns", files={"text": (None, "Hm.")}).status_code in (400, 404, 405)
+    assert not lines.errors
+
+
 def test_other_paths_and_methods(server: Running) -> None:
     with server.client() as client:
         assert_problem(client.get("/v1/nothing"), 404)

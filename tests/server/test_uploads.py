@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import resource
+import struct
 import subprocess
 import sys
 import textwrap
@@ -175,3 +176,12 @@ def test_corrupted_files_over_http(server: Running, seed: int) -> None:
                 assert answer.json()["error"]["code"].startswith("Audio"), answer.text
                 assert "/" not in answer.json()["error"]["message"]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "KiB"
+
+
+def test_names_that_are_no_utf_8_do_not_matter(seed: int) -> None:
+    data = wav(speech_like(0.5, seed))
+    title = b"INFOINAM" + struct.pack("<I", 4) + "für ".encode("latin-1")
+    chunk = b"LIST" + struct.pack("<I", len(title)) + title
+    end = data.index(b"data")
+    named = data[:4] + struct.pack("<I", len(data) - 8 + len(chunk)) + data[8:end] + chunk + data[end:]
+    assert np.array_equal(decode_audio(named, RATE, 1.0), decode_audio(data, RATE, 1.0))

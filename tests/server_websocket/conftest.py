@@ -18,6 +18,7 @@ from aloud import Engine, Runtime
 from aloud.checkpoint.random import write_random
 from aloud.server.app import create_app
 from aloud.server.connection import SocketLimits
+from aloud.server.encode import Encoders
 from aloud.server.gate import Gate
 from aloud.server.metrics import Metrics
 from aloud.server.realtime import realtime_routes
@@ -58,7 +59,9 @@ def serve(engine: Engine) -> Callable[..., Any]:
         registry, metrics = Registry(engine.runtime, given), Metrics(engine)
         app = FastAPI()
         app.add_middleware(Gate, settings=given)
-        app.include_router(websocket_routes(engine, given, registry, metrics, limits))
+        app.include_router(
+            websocket_routes(engine, given, registry, metrics, Encoders(engine.runtime.sample_rate), limits)
+        )
         app.include_router(realtime_routes(engine, given, registry, metrics, limits))
         served = Served(app, engine)
         try:

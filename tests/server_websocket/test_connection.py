@@ -14,6 +14,7 @@ from server_websocket.loopback import Served
 
 from aloud import Engine
 from aloud.server.connection import SocketLimits
+from aloud.server.encode import Encoders
 from aloud.server.metrics import Metrics
 from aloud.server.realtime import realtime_routes
 from aloud.server.settings import Settings
@@ -42,7 +43,9 @@ def test_a_client_that_does_not_read_is_left(engine: Engine, path: str, events: 
     given_settings = Settings("small")
     registry, metrics = Registry(engine.runtime, given_settings), Metrics(engine)
     app = FastAPI()
-    app.include_router(websocket_routes(engine, given_settings, registry, metrics, limits))
+    app.include_router(
+        websocket_routes(engine, given_settings, registry, metrics, Encoders(engine.runtime.sample_rate), limits)
+    )
     app.include_router(realtime_routes(engine, given_settings, registry, metrics, limits))
     sent: list[Any] = []
     largest = 0

@@ -1,0 +1,146 @@
+"""`aloud serve` that cannot start, or is stopped at once: one sentence, and no model is loaded for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from aloud import Runtime
+from aloud.checkpoint.random import write_random
+from aloud.cli import main
+from aloud.errors import RequestError
+from aloud.server.serve import bind
+from server.running import wait_until
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("starts") / "model"
+    write_random(folder, "small", seed=0, dtype="float32")
+    return str(folder)
+
+
+def test_ctrl_c_ends_it(model: str, tmp_path: Path) -> None:
+    """It says where it serves, answers to this machine's names alone, and goes without a traceback."""
+    command = [sys.executable, "-m", "aloud.cli", "serve", model, "--device", "cpu", "--port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    printed = tmp_path / "printed"
+    with printed.open("w") as file:
+        running = subprocess.Popen([*command, "--max-streams", "1"], stderr=file, stdout=file, env=environment)
+    try:
+        wait_until(lambda: "Serving on http://127.0.0.1:" in printed.read_text() or running.poll() is not None, 60)
+        url = printed.read_text().partition("Serving on ")[2].split()[0]
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+            assert client.get("/v1/models").status_code == 200
+            foreign = {"host": "speech.example"}
+            assert client.get("/v1/models", headers=foreign).json()["error"]["code"] == "foreign_host"
+            assert client.get("/health/live", headers=foreign).status_code == 200
+        running.send_signal(signal.SIGINT)
+        assert running.wait(20) == 0
+    finally:
+        running.kill()
+        running.wait()
+    assert "Traceback" not in printed.read_text()
+
+
+def wrong_start(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run `aloud serve` in this process -> the one sentence that it says."""
+    capsys.readouterr()
+    assert main(["serve", "nobody/no-such-model", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("aloud: ")
+    assert err.count("\n") == 1
+    assert "fault of the program" not in err
+    return err
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes so far as to load a model has not checked enough before."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Runtime, "load", load)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--port", "99999"), "There is no port 99999"),
+        (("--port", "-1"), "There is no port -1"),
+        (("--api-key-file", "{folder}/missing"), "missing: No such file"),
+        (("--api-key-file", "{folder}"), "Is a directory"),
+        (("--api-key-file", "{folder}/binary"), "not text"),
+        (("--api-key-file", "{folder}/empty"), "no key"),
+        (("--voices", "{folder}/empty"), "--voices is a folder, and"),
+        (("--sessions", "{folder}/empty"), "--sessions is a folder, and"),
+        (("--voices", "{folder}/empty/below"), "Not a directory"),
+        (("--max-streams", "0"), "--max-streams is 1 or more"),
+        (("--max-streams", "-3"), "--max-streams is 1 or more"),
+        (("--max-waiting", "-1"), "--max-waiting is 0 or more"),
+        (("--drain-seconds", "nan"), "--drain-seconds is from 0"),
+        (("--drain-seconds", "-1"), "--drain-seconds is from 0"),
+        (("--host", "300.1.2.3"), "300.1.2.3 port 8000 cannot be had"),
+        (("--host", "a..b"), "a..b port 8000 cannot be had"),
+    ],
+)
+def test_wrong_starts(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence, before a model is loaded."""
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty").write_text("\n")
+    assert said in wrong_start(capsys, *(argument.format(folder=tmp_path) for argument in arguments))
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1 port {port} cannot be had" in wrong_start(capsys, "--port", str(port))
+    (made,) = bind("127.0.0.1", port)  # and one that is free again can be had at once
+    made.close()
+
+
+def test_a_port_that_is_taken_meanwhile(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the model is loaded."""
+    with socket.socket() as faster:
+        faster.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        faster.bind(("127.0.0.1", 0))
+        load = Runtime.load
+
+        def slowly(*arguments: Any, **named: Any) -> Runtime:
+            faster.listen()
+            return load(model, device="cpu", max_streams=1, max_positions=64)
+
+        monkeypatch.setattr(Runtime, "load", slowly)
+        port = str(faster.getsockname()[1])
+        assert f"127.0.0.1 port {port} cannot be had" in wrong_start(capsys, "--port", port)
+
+
+def test_an_existing_folder_is_used_and_a_new_one_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise RequestError("So far so good.")
+
+    monkeypatch.setattr(Runtime, "load", load)
+    for _ in range(2):
+        said = wrong_start(capsys, "--port", "0", "--voices", str(tmp_path / "new" / "voices"), "--max-streams", "1")
+        assert said == "aloud: So far so good.\n"
+        assert (tmp_path / "new" / "voices").is_dir()
