@@ -5,8 +5,9 @@
 # short goes on where it stopped; naming stages runs only those, for a pass in several calls. Stages, in their order:
 # mechanics operations graphs kernels weights frame host serving peers models. Full-size random weights, 3.6 GB, go to
 # WEIGHTS (default: aloud-weights in the system's temporary folder), outside FOLDER; a stage that needs them makes them.
-# The machine needs Python with torch, triton, pybind11, pytest and transformers, and a C++ compiler; nothing is
-# downloaded. --small rehearses it on a machine without a GPU. The figures that decide are printed last.
+# The machine needs Python with torch, triton, pybind11, pytest and transformers, and a C++ compiler; for `aloud serve`
+# in the stage serving, the extra `server`, too. Nothing is downloaded. --small rehearses it on a machine without a GPU.
+# The figures that decide are printed last.
 set -uo pipefail
 small=""
 if [ "${1:-}" = --small ]; then

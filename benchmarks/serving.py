@@ -11,7 +11,7 @@ included.
 First audio: requests come as a Poisson process, each with a text of its own length behind one cached voice, and speak
 as long as that text takes. Counted is from when a request was due to arrive until its first 80 ms are on the host:
 tokenizing, the wait for the tick under way, the prompt, the frame. Before each rate the streams of the one before are
-gone.
+gone. Then the same requests come at the same times over HTTP: see `serving_http`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from aloud import Request, Runtime
@@ -37,17 +36,25 @@ from aloud.engine.stream import Stream
 from aloud.errors import Overloaded
 from aloud.voice import Voice
 
-from . import workload
+from . import serving_http, workload
+from .arrivals import (
+    LETTERS,
+    SECONDS_PER_LETTER,
+    letters,
+    percentiles_ms,
+    poisson,
+    speech_frames,
+    speech_seconds,
+    text_of,
+)
 from .measure import circumstances
 from .report import Column, emit, plot_lines, print_table
 
 LEAD_SECONDS = 0.4
 START_SECONDS = 20.0
 """The longest to wait until all streams speak."""
-LETTERS = (60.0, 0.7, 8, 400)
-"""Lengths of texts: median and sigma of their lognormal distribution, least and most."""
-SECONDS_PER_LETTER = 0.065
-WORDS = "one voice among many that speak at the same time of their own things and do not wait for each other "
+SERVER_LEAD_SECONDS = 10.0
+"""How far ahead of being played `aloud serve` lets a response run; the arrivals are served so without it, too."""
 
 HELD_COLUMNS = (
     Column("streams"),
@@ -92,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--voice", type=int, default=300, metavar="POSITIONS", help="positions of the cached voice (default: 300)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and texts (default: 0)")
+    parser.add_argument("--no-http", action="store_true", help="measure the engine alone, not the server")
     parser.set_defaults(run=run)
 
 
@@ -139,7 +147,8 @@ def measure(folder: Path, parsed: argparse.Namespace) -> int:
             if result["error"] is not None:
                 print(f"{result['streams']} streams: {result['error']}", file=sys.stderr)
     arrivals = []
-    voice = runtime.voice([workload.voice_segment(runtime, parsed.voice, parsed.seed)]) if parsed.rates else None
+    segment = workload.voice_segment(runtime, parsed.voice, parsed.seed) if parsed.rates else None
+    voice = None if segment is None else runtime.voice([segment])
     for rate in sorted(set(parsed.rates)):
         assert voice is not None
         print(f"measuring {rate:g} requests a second", file=sys.stderr)
@@ -152,6 +161,13 @@ def measure(folder: Path, parsed: argparse.Namespace) -> int:
         series = {name: [(row["rate"], row[f"{name}_ms"]) for row in heard] for name in ("p50", "p99")}
         title = f"First audio, {parsed.dtype}, {about['device']}; {kept} real-time streams held"
         plot_lines(parsed.plot, title, "requests a second", "ms", series)
+    slots = runtime_slots(steps)
+    http = None
+    if segment is not None and not parsed.no_http:
+        max_positions, rates = runtime.max_positions, [(row["rate"], row) for row in arrivals]
+        del runtime, steps, voice  # the server loads its own: there is not always room for two
+        workload.release()
+        http = serving_http.measure(folder, parsed, segment, slots, max_positions, dict(rates))
     document = {
         "suite": "serving",
         "about": about,
@@ -161,10 +177,11 @@ def measure(folder: Path, parsed: argparse.Namespace) -> int:
         "voice": parsed.voice,
         "seconds": parsed.seconds,
         "seed": parsed.seed,
-        "slots": runtime_slots(steps),
+        "slots": slots,
         "most_held": kept,
         "held": held,
         "arrivals": arrivals,
+        "http": http,
     }
     emit(document, parsed.json)
     return 0
@@ -274,30 +291,6 @@ def most_held(held: Sequence[dict[str, Any]]) -> int:
 # --- first audio under load -------------------------------------------------------------------------------------------
 
 
-def poisson(rate: float, seconds: float, seed: int) -> list[float]:
-    """Times of arrivals within `seconds`, at least one."""
-    generator = np.random.default_rng([seed, 1])
-    times = np.cumsum(generator.exponential(1 / rate, int(rate * seconds + 8 * (rate * seconds) ** 0.5 + 8)))
-    return [float(time) for time in times[times < seconds]] or [0.0]
-
-
-def letters(count: int, seed: int) -> np.ndarray:
-    """Lengths of texts -> int64 [count]."""
-    median, sigma, least, most = LETTERS
-    lengths = np.random.default_rng([seed, 2]).lognormal(np.log(median), sigma, count)
-    return np.clip(lengths, least, most).astype(np.int64)
-
-
-def text_of(length: int) -> str:
-    """A text of so many letters."""
-    return (WORDS * (length // len(WORDS) + 1))[:length]
-
-
-def speech_frames(length: int) -> int:
-    """Frames of a speech that says so many letters."""
-    return max(1, round(length * SECONDS_PER_LETTER * 12.5))
-
-
 @dataclass
 class Asked:
     """A request among others."""
@@ -325,7 +318,7 @@ def serve_arrivals(
             request = Request(
                 text_of(length), seed=len(asked), max_seconds=speech_frames(length) / runtime.frame_rate, voice=voice
             )
-            job = dataclasses.replace(runtime._prepare([request])[0], lead_seconds=LEAD_SECONDS)
+            job = dataclasses.replace(runtime._prepare([request])[0], lead_seconds=SERVER_LEAD_SECONDS)
             running.append(Asked(at, loop.submit(job, is_refusable=True)))
             asked.append(running[-1])
         most = max(most, len(running))
@@ -347,16 +340,12 @@ def serve_arrivals(
     statistics = loop.scheduler.statistics()
     workload.stop_all(loop, [one.stream for one in running])
     heard = [one.first_audio_seconds for one in asked if one.first_audio_seconds is not None]
-    names = ("p50_ms", "p95_ms", "p99_ms", "max_ms")
-    shares: list[float | None] = [None] * len(names)
-    if heard:
-        shares = [1e3 * float(value) for value in np.percentile(heard, [50, 95, 99, 100], method="inverted_cdf")]
     return {
         "rate": rate,
         "requests": len(asked),
         "refused": refused,
-        "speech_seconds": float(np.mean([speech_frames(int(length)) for length in lengths])) / runtime.frame_rate,
-        **dict(zip(names, shares, strict=True)),
+        "speech_seconds": speech_seconds(lengths),
+        **percentiles_ms(heard),
         "most_streams": most,
         "late_frames": statistics.late_frames,
         "late_max_ms": statistics.lateness_max * 1e3,

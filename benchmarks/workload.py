@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -160,6 +161,13 @@ class _TimedFrame:
         frame = self.launched.read()
         self.steps.read_seconds += time.perf_counter() - begin
         return frame
+
+
+def release() -> None:
+    """Free what is no longer referred to, the GPU's memory included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def take_all(loop: Loop, streams: Sequence[Stream]) -> int:

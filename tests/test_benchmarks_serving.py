@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from aloud import Runtime
 from aloud.benchmarks import __main__ as command
-from aloud.benchmarks import all_suites, host, serving, summary
+from aloud.benchmarks import all_suites, arrivals, host, serving, summary
 from aloud.checkpoint.random import write_random
 
 
@@ -56,11 +57,45 @@ def test_report(checkpoint, tmp_path, capsys):
         most = (result["start_seconds"] + 0.5 + serving.LEAD_SECONDS) * 12.5 + 4
         assert result["streams"] <= result["frames"] <= result["streams"] * most
         assert 0 < result["rows_a_tick"] <= result["streams"]
-    (arrivals,) = document["arrivals"]
-    assert arrivals["requests"] == len(serving.poisson(8, 0.5, 0)) >= 1
-    if arrivals["refused"] < arrivals["requests"]:
-        assert 0 < arrivals["p50_ms"] <= arrivals["p95_ms"] <= arrivals["p99_ms"] <= arrivals["max_ms"]
-    assert arrivals["frames"] >= arrivals["requests"] - arrivals["refused"]
+    (own,) = document["arrivals"]
+    assert own["requests"] == len(arrivals.poisson(8, 0.5, 0)) >= 1
+    if own["refused"] < own["requests"]:
+        assert 0 < own["p50_ms"] <= own["p95_ms"] <= own["p99_ms"] <= own["max_ms"]
+    assert own["frames"] >= own["requests"] - own["refused"]
+    (http,) = document["http"]
+    assert http["requests"] == own["requests"]
+    assert http["failed"] == 0
+    assert (http["engine_p50_ms"], http["engine_p99_ms"]) == (own["p50_ms"], own["p99_ms"])
+
+
+def test_the_engine_alone(checkpoint, capsys):
+    assert run(serving, *short(checkpoint, "--streams", "1", "--rates", "--no-http")) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (document["arrivals"], document["http"]) == ([], None)
+    assert run(serving, *short(checkpoint, "--streams", "--rates", "8", "--no-http")) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1])["http"] is None
+    assert "over HTTP" not in out
+
+
+def test_the_servers_model_is_loaded_when_this_one_is_gone(checkpoint, capsys, monkeypatch):
+    """Two would not always fit into the device's memory."""
+    before = runtimes()
+
+    def serve(folder, parsed, segment, slots, max_positions, rows):
+        assert (folder, list(rows)) == (checkpoint, [2.0, 4.0])
+        assert slots > 4 * 4  # requests a second, and seconds that they last
+        assert max_positions > 60 + 400
+        assert runtimes() <= before
+        return []
+
+    monkeypatch.setattr(serving.serving_http, "measure", serve)
+    assert run(serving, *short(checkpoint, "--seconds", "0.1", "--streams", "1", "--rates", "4", "2")) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["http"] == []
+
+
+def runtimes() -> set[int]:
+    return {id(one) for one in gc.get_objects() if type(one) is Runtime}
 
 
 def test_streams_that_do_not_begin_are_not_held(checkpoint, monkeypatch):
@@ -82,24 +117,30 @@ def test_most_held_ends_at_the_first_that_was_late():
 
 
 def test_arrivals_are_a_poisson_process(seed):
-    times = serving.poisson(50.0, 200.0, seed)
-    assert times == serving.poisson(50.0, 200.0, seed)
+    times = arrivals.poisson(50.0, 200.0, seed)
+    assert times == arrivals.poisson(50.0, 200.0, seed)
     assert times == sorted(times)
     assert times[-1] < 200
     assert len(times) == pytest.approx(10_000, abs=5 * 100)  # five standard deviations
     gaps = np.diff(times)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)
-    assert serving.poisson(1e-6, 1.0, seed) == [0.0]
+    assert arrivals.poisson(1e-6, 1.0, seed) == [0.0]
+
+
+def test_percentiles_are_of_what_was_heard():
+    seconds = [number / 1000 for number in range(1, 201)]
+    assert arrivals.percentiles_ms(seconds) == {"p50_ms": 100, "p95_ms": 190, "p99_ms": 198, "max_ms": 200}
+    assert set(arrivals.percentiles_ms([]).values()) == {None}
 
 
 def test_texts_have_lengths_of_their_own(seed):
-    lengths = serving.letters(2000, seed)
-    median, _, least, most = serving.LETTERS
+    lengths = arrivals.letters(2000, seed)
+    median, _, least, most = arrivals.LETTERS
     assert np.median(lengths) == pytest.approx(median, rel=0.15)
     assert least <= lengths.min() < lengths.max() <= most
     for length in (1, 97, 400):
-        assert len(serving.text_of(length)) == length
-    assert serving.speech_frames(60) == round(60 * 0.065 * 12.5)
+        assert len(arrivals.text_of(length)) == length
+    assert arrivals.speech_frames(60) == round(60 * 0.065 * 12.5)
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
