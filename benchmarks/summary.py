@@ -47,6 +47,8 @@ def figures(folder: Path) -> Iterator[dict[str, Any]]:
         yield row("real-time streams held", serving["most_held"], "", f">= {HELD}")
         for result in serving["arrivals"]:
             yield row(f"first audio, p99 at {result['rate']:g}/s", result["p99_ms"], "ms")
+        for result in serving.get("http") or ():
+            yield row(f"first audio over HTTP, p99 at {result['rate']:g}/s", result["p99_ms"], "ms")
     if peers := read(folder, "peers"):
         for ratio in peers["ratios"]:
             goal = f">= {RATIOS[ratio['peer']]}" if ratio["rows"] == 1 else ""

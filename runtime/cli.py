@@ -113,6 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--voices", type=Path, metavar="DIR", help="where voices are kept (default: until it stops)")
     serve.add_argument(
+        "--alias",
+        action="append",
+        type=_alias,
+        default=[],
+        metavar="NAME=VOICE",
+        help="a name for a kept voice or a speaker's number, as alloy=anna or nova=7 (again for more)",
+    )
+    serve.add_argument(
         "--sessions", type=Path, metavar="DIR", help="where sessions are kept, also for other servers (default: memory)"
     )
     serve.add_argument("--max-streams", type=int, help="streams at once (default: what fits, at most 256)")
@@ -225,6 +233,20 @@ def _segment(value: str) -> Segment:
     return Segment(text, audio=file or None, speaker=int(speaker))
 
 
+def _alias(value: str) -> tuple[str, str | int]:
+    """NAME=VOICE."""
+    from aloud.prepare import MAX_SPEAKER
+
+    name, equals, voice = value.partition("=")
+    if not equals or not name or not voice:
+        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=VOICE, as alloy=anna or nova=7")
+    if not voice.isdecimal():
+        return name, voice
+    if not voice.isascii() or int(voice) > MAX_SPEAKER:
+        raise argparse.ArgumentTypeError(f"a speaker is from 0 to {MAX_SPEAKER}, got {voice}")
+    return name, int(voice)
+
+
 def _serve(parsed: argparse.Namespace) -> int:
     # Whatever can be wrong is found before the model is loaded, which takes much longer.
     keys = _read_keys(parsed.api_key_file)
@@ -238,24 +260,38 @@ def _serve(parsed: argparse.Namespace) -> int:
         raise RequestError(f"--max-streams is 1 or more, got {parsed.max_streams}.")
     try:
         from aloud.server.serve import bind, own_names, serve
-        from aloud.server.settings import Settings
+        from aloud.server.settings import Settings, default_aliases
+        from aloud.server.voices import NAME
     except ModuleNotFoundError as error:
         raise MissingDependency(f"The server needs {error.name}. Install it: pip install 'aloud[server]'") from error
     from aloud.api import Runtime
 
+    for name, voice in parsed.alias:
+        if isinstance(voice, str) and NAME.fullmatch(voice) is None:
+            raise RequestError(f"--alias {name}: a voice's name is 1 to 64 of a-z, 0-9, _ and -, got {voice!r}.")
+
+    def load() -> Runtime:
+        return Runtime.load(
+            parsed.model,
+            revision=parsed.revision,
+            local_files_only=parsed.local_files_only,
+            device=parsed.device,
+            dtype=parsed.dtype,
+            max_streams=parsed.max_streams,
+            max_positions=parsed.max_positions,
+        )
+
     sockets = bind(parsed.host, parsed.port)
-    runtime = Runtime.load(
-        parsed.model,
-        revision=parsed.revision,
-        local_files_only=parsed.local_files_only,
-        device=parsed.device,
-        dtype=parsed.dtype,
-        max_streams=parsed.max_streams,
-        max_positions=parsed.max_positions,
-    )
     hosts = () if keys else own_names(parsed.host)
-    settings = Settings(parsed.model, keys=keys, hosts=hosts, voices=parsed.voices, sessions=parsed.sessions)
-    return serve(runtime, settings, sockets, drain_seconds=parsed.drain_seconds, max_waiting=parsed.max_waiting)
+    settings = Settings(
+        parsed.model,
+        keys=keys,
+        hosts=hosts,
+        voices=parsed.voices,
+        sessions=parsed.sessions,
+        aliases=default_aliases() | dict(parsed.alias),
+    )
+    return serve(load, settings, sockets, drain_seconds=parsed.drain_seconds, max_waiting=parsed.max_waiting)
 
 
 def _read_keys(path: Path | None) -> tuple[str, ...]:

@@ -251,7 +251,8 @@ def test_summary_of_a_folder(tmp_path, capsys):
     assert list(summary.figures(tmp_path)) == []
     (tmp_path / "peers.json").write_text('{"half a rep')
     assert run(host, "--streams", "1", "--steps", "2", "--json", str(tmp_path / "host.json")) == 0
-    serving_report = {"most_held": 1024, "arrivals": [{"rate": 50.0, "p99_ms": 12.5}]}
+    arrivals = [{"rate": 50.0, "p99_ms": 12.5}]
+    serving_report = {"most_held": 1024, "arrivals": arrivals, "http": [{"rate": 50.0, "p99_ms": 14.5}]}
     (tmp_path / "serving.json").write_text(json.dumps(serving_report))
     rows = {row["figure"]: row for row in summary.figures(tmp_path)}
     assert set(rows) == {
@@ -259,6 +260,7 @@ def test_summary_of_a_folder(tmp_path, capsys):
         "host, 1 streams, full",
         "real-time streams held",
         "first audio, p99 at 50/s",
+        "first audio over HTTP, p99 at 50/s",
     }
     assert (rows["real-time streams held"]["measured"], rows["real-time streams held"]["goal"]) == (1024, ">= 1500")
     assert rows["host, 1 streams, full"]["goal"] == "<= 100"

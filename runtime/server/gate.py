@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import MutableMapping
 from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +31,8 @@ OPEN_PREFIX = "/health/"
 """What needs no key: whoever watches over the process has none."""
 SAFE_METHODS = ("GET", "HEAD")
 """What a page of another site may ask for: nothing is changed by it, and browsers do not let the page read it."""
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the request that is being answered, for whatever else is logged of it, also in a thread that works for it."""
 EVERYBODY = "everybody"
 """The owner of what is made on a server without keys."""
 
@@ -49,6 +52,7 @@ class Gate:
         headers = Headers(scope=scope)
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["request_id"] = request_id = secrets.token_hex(8)
+        REQUEST_ID.set(request_id)
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:

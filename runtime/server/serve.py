@@ -1,4 +1,4 @@
-"""Running the server: load, serve, and stop in good order."""
+"""Running the server: listen, load, serve, and stop in good order."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from aloud.api import Runtime
 from aloud.errors import RequestError
 from aloud.live import Engine
 from aloud.server.app import create_app
+from aloud.server.opening import Opening
 from aloud.server.settings import Limits, Settings
 
+logger = logging.getLogger("aloud.serve")
 TICKS = 10
 """Between two looks at the connections; uvicorn ticks ten times a second."""
 OPEN_FILES = 65_536
@@ -34,29 +36,35 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 class Server(uvicorn.Server):
     """Uvicorn that drains: the first signal ends new work and lets what runs finish, the second ends all.
 
-    It also ends connections on which nothing moves: those that wait too long for a request's head, and those that are
-    closed but for what the client does not read.
+    Before it is open, a signal ends the process as if nothing minded it. It also ends connections on which nothing
+    moves: those that wait too long for a request's head, and those that are closed but for what the client does not
+    read.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, engine: Engine, drain_seconds: float, speaking: Callable[[], int], limits: Limits
-    ) -> None:
-        """`speaking`: how many requests are being answered with speech."""
+    def __init__(self, config: uvicorn.Config, drain_seconds: float, limits: Limits) -> None:
         super().__init__(config)
-        self._engine = engine
         self._drain_seconds = drain_seconds
-        self._speaking = speaking
         self._limits = limits
+        self._engine: Engine | None = None
+        self._speaking: Callable[[], int] = lambda: 0
         self._is_stopping = False
         self._still: dict[Any, tuple[object, bool, float]] = {}  # connections on which nothing moves, since when
 
+    def open(self, engine: Engine, speaking: Callable[[], int]) -> None:
+        """There is an engine now; `speaking`: how many requests are being answered with speech."""
+        self._engine, self._speaking = engine, speaking
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to stop."""
+        if self._engine is None:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
         if self._is_stopping or sig == signal.SIGINT:
             self.should_exit = self.force_exit = True
             return
         self._is_stopping = True
-        threading.Thread(target=self._drain, name="aloud-drain", daemon=True).start()
+        logger.info("Stopping: what runs is finished, and nothing new is taken; a second signal ends it all")
+        threading.Thread(target=self._drain, args=(self._engine,), name="aloud-drain", daemon=True).start()
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second -> whether to stop."""
@@ -64,18 +72,18 @@ class Server(uvicorn.Server):
             self._end_still_connections(time.monotonic())
         return await super().on_tick(counter)
 
-    def _drain(self) -> None:
+    def _drain(self, engine: Engine) -> None:
         end = time.monotonic() + self._drain_seconds
-        is_drained = self._engine.drain_sync(self._drain_seconds)
+        is_drained = engine.drain_sync(self._drain_seconds)
         # Between two sentences of a speech, and two turns of a socket, the engine has nothing of it.
-        while is_drained and self._is_busy() and time.monotonic() < end:
+        while is_drained and self._is_busy(engine) and time.monotonic() < end:
             time.sleep(0.01)
         self.should_exit = True
 
-    def _is_busy(self) -> bool:
+    def _is_busy(self, engine: Engine) -> bool:
         # WebSockets end by themselves when the engine drains.
         has_sockets = not all(isinstance(connection, H11Protocol) for connection in list(self.server_state.connections))
-        return has_sockets or self._speaking() > 0 or not self._engine.loop.is_idle
+        return has_sockets or self._speaking() > 0 or not engine.loop.is_idle
 
     def _end_still_connections(self, now: float) -> None:
         still: dict[Any, tuple[object, bool, float]] = {}
@@ -96,10 +104,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """The sockets of an address, before a model is loaded for it: nobody listens there, and nobody is let in yet.
-
-    Raises a `RequestError` when they cannot be had.
-    """
+    """Sockets that listen at an address. Raises a `RequestError` when they cannot be had."""
     if not 0 <= port <= 65_535:
         raise RequestError(f"There is no port {port}. Choose --port from 0 to 65535; 0 is any that is free.")
     with ExitStack() as opened, _address_errors(host, port):
@@ -113,6 +118,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             made.bind(address)
+            made.listen()
             sockets.append(made)
         opened.pop_all()
         return sockets
@@ -137,32 +143,61 @@ def own_names(host: str) -> tuple[str, ...]:
 
 
 def serve(
-    runtime: Runtime, settings: Settings, sockets: list[socket.socket], *, drain_seconds: float, max_waiting: int
+    load: Callable[[], Runtime],
+    settings: Settings,
+    sockets: list[socket.socket],
+    *,
+    drain_seconds: float,
+    max_waiting: int,
 ) -> int:
-    """Serve on sockets of `bind` until a signal -> the exit status."""
+    """Serve on sockets of `bind` until a signal -> the exit status. Raises what loading does.
+
+    Health is answered from the beginning, so that whoever watches over the process can tell loading from being stuck.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     open_files.allow(OPEN_FILES)
-    for bound in sockets:  # somebody else may have been faster
-        host, port = bound.getsockname()[:2]
-        with _address_errors(host, port):
-            bound.listen()
-    with Engine(runtime, max_waiting=max_waiting) as engine:
-        app = create_app(engine, settings)
-        config = uvicorn.Config(
-            app,
-            http=H11Protocol,
-            lifespan="off",  # the application has none
-            access_log=False,  # the gate writes a line for each request
-            timeout_graceful_shutdown=math.ceil(settings.limits.lead_seconds),
-            server_header=False,
-            ws_max_size=262_144,
-            h11_max_incomplete_event_size=65_536,
-        )
-        server = Server(config, engine, drain_seconds, lambda: app.state.metrics.speaking, settings.limits)
+    opening = Opening()
+    config = uvicorn.Config(
+        opening,
+        http=H11Protocol,
+        lifespan="off",  # the application has none
+        log_config=None,
+        log_level="warning",
+        access_log=False,  # the gate writes a line for each request
+        timeout_graceful_shutdown=math.ceil(settings.limits.lead_seconds),
+        server_header=False,
+        ws_max_size=262_144,
+        h11_max_incomplete_event_size=65_536,
+    )
+    server = Server(config, drain_seconds, settings.limits)
+    engines: list[Engine] = []
+    errors: list[BaseException] = []
+
+    def open_engine() -> None:
+        try:
+            engine = Engine(load(), max_waiting=max_waiting)
+            engines.append(engine)
+            app = create_app(engine, settings)
+        except BaseException as error:
+            errors.append(error)
+            server.should_exit = True
+            return
+        server.open(engine, lambda: app.state.metrics.speaking)
+        opening.app = app
         for bound in sockets:
-            logging.getLogger("uvicorn.error").info("Serving on %s (Ctrl-C stops it)", _url(bound))
+            logger.info("Serving on %s (Ctrl-C stops it)", _url(bound))
+
+    if not settings.keys and not settings.hosts:
+        logger.warning("Whoever reaches this server may ask for everything: it was started without a key file.")
+    threading.Thread(target=open_engine, name="aloud-open", daemon=True).start()
+    try:
         server.run(sockets)
-        return 0 if server.started else 1
+    finally:
+        for engine in engines:
+            engine.close()
+    if errors:
+        raise errors[0]
+    return 0 if server.started else 1
 
 
 def _url(bound: socket.socket) -> str:

@@ -21,6 +21,7 @@ from aloud.live import Engine
 from aloud.models.csm import CsmConfig
 from aloud.prepare import check_prompt
 from aloud.request import Prompt
+from aloud.server.gate import REQUEST_ID
 from aloud.server.problems import Problem
 from aloud.server.session_files import SessionFiles
 from aloud.server.settings import Settings
@@ -136,8 +137,8 @@ class Sessions:
             content, stamp = written
             kept = self._rebuilt(owner, content)
         except (ValueError, Problem) as error:
-            problem = error.code if isinstance(error, Problem) else "invalid_json"
-            logger.error(json.dumps({"fault": "SessionUnreadable", "session": session_id, "problem": problem}))
+            line = {"request_id": REQUEST_ID.get(), "fault": "SessionUnreadable", "session": session_id}
+            logger.error(json.dumps(line | {"problem": error.code if isinstance(error, Problem) else "invalid_json"}))
             return None
         kept.stamp = stamp
         return kept

@@ -76,7 +76,8 @@ def serving(engine: Engine, settings: Settings | None = None, app: Any = None) -
         server_header=False,
         h11_max_incomplete_event_size=65_536,
     )
-    server = Server(config, engine, 10.0, lambda: app.state.metrics.speaking, settings.limits)
+    server = Server(config, 10.0, settings.limits)
+    server.open(engine, lambda: app.state.metrics.speaking)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started or not thread.is_alive(), 20)

@@ -134,10 +134,13 @@ def test_a_file_that_is_none_is_as_no_session(
 ) -> None:
     (folder / OWNER).mkdir(parents=True)
     (folder / OWNER / "talk.json").write_text(content)
-    assert_problem(pair[0].get("/v1/sessions/talk"), 404, "session_not_found")
+    missing = pair[0].get("/v1/sessions/talk")
+    assert_problem(missing, 404, "session_not_found")
     assert say(pair[0], "talk", TURNS[0]) == expected[0]
     assert len(lines.errors) == 2
-    assert "SessionUnreadable" in lines.errors[0]
+    written = [json.loads(line) for line in lines.errors]
+    assert {line["fault"] for line in written} == {"SessionUnreadable"}
+    assert written[0]["request_id"] == missing.headers["x-request-id"] != written[1]["request_id"]
 
 
 def test_what_is_too_old_is_forgotten(folder: Path) -> None:

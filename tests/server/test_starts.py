@@ -7,17 +7,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from aloud import Runtime
 from aloud.checkpoint.random import write_random
-from aloud.cli import main
+from aloud.cli import _parser, main
 from aloud.errors import RequestError
-from aloud.server.serve import bind
+from aloud.server.serve import bind, serve
+from aloud.server.settings import Settings
 from server.running import wait_until
 
 
@@ -86,6 +89,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--voices", "{folder}/empty"), "--voices is a folder, and"),
         (("--sessions", "{folder}/empty"), "--sessions is a folder, and"),
         (("--voices", "{folder}/empty/below"), "Not a directory"),
+        (("--alias", "alloy=../anna"), "--alias alloy: a voice's name"),
         (("--max-streams", "0"), "--max-streams is 1 or more"),
         (("--max-streams", "-3"), "--max-streams is 1 or more"),
         (("--max-waiting", "-1"), "--max-waiting is 0 or more"),
@@ -115,22 +119,72 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     made.close()
 
 
-def test_a_port_that_is_taken_meanwhile(
-    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While the model is loaded."""
-    with socket.socket() as faster:
-        faster.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        faster.bind(("127.0.0.1", 0))
-        load = Runtime.load
+def test_health_is_answered_while_the_model_is_loaded() -> None:
+    """And so is everything else, with when to come again; what goes wrong with loading is raised in the end."""
+    is_asked, ended = threading.Event(), []
 
-        def slowly(*arguments: Any, **named: Any) -> Runtime:
-            faster.listen()
-            return load(model, device="cpu", max_streams=1, max_positions=64)
+    def load() -> Runtime:
+        is_asked.wait(30)
+        raise RequestError("There is no such model.")
 
-        monkeypatch.setattr(Runtime, "load", slowly)
-        port = str(faster.getsockname()[1])
-        assert f"127.0.0.1 port {port} cannot be had" in wrong_start(capsys, "--port", port)
+    (bound,) = bind("127.0.0.1", 0)
+    port = bound.getsockname()[1]
+
+    def run() -> None:
+        try:
+            serve(load, Settings(model="small"), [bound], drain_seconds=1, max_waiting=1)
+        except RequestError as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+            assert client.get("/health/live").json() == {"status": "alive"}
+            for path in ("/health/ready", "/v1/models", "/nowhere"):
+                answer = client.get(path)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "warming")
+                assert answer.headers["retry-after"] == "5"
+        with pytest.raises(InvalidStatus) as refused, connect(f"ws://127.0.0.1:{port}/v1/realtime"):
+            pass
+        assert refused.value.response.status_code == 503
+    finally:
+        is_asked.set()
+        thread.join(30)
+    assert ended == ["There is no such model."]
+
+
+SLOW = """
+import time
+from aloud.server.serve import bind, serve
+from aloud.server.settings import Settings
+sockets = bind("127.0.0.1", 0)
+print(sockets[0].getsockname()[1], flush=True)
+serve(lambda: time.sleep(60), Settings(model="slow"), sockets, drain_seconds=60, max_waiting=1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_while_the_model_is_loaded(number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        url = f"http://127.0.0.1:{running.stdout.readline().strip()}"
+        try:
+            with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+                assert client.get("/health/live").status_code == 200
+            running.send_signal(number)
+            assert running.wait(10) == -number
+        finally:
+            running.kill()
+
+
+def test_aliases_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    parsed = _parser().parse_args(["serve", "--alias", "alloy=anna", "--alias", "nova=7"])
+    assert parsed.alias == [("alloy", "anna"), ("nova", 7)]
+    for wrong in ("alloy", "=anna", "alloy=", "alloy=1000", "alloy=٣"):
+        with pytest.raises(SystemExit):
+            _parser().parse_args(["serve", "--alias", wrong])
+        assert "argument --alias: " in capsys.readouterr().err
 
 
 def test_an_existing_folder_is_used_and_a_new_one_is_made(

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ from aloud import Engine, Segment, read_audio
 from aloud.audio_file import to_int16
 from aloud.server.settings import Limits, Settings
 from oracle.csm import speech_like
-from server.running import Running, asked, assert_problem, serving, wav
+from server.running import TEXT, Running, asked, assert_problem, serving, wav
 
 KEYS = ("one", "two")
 BAD_NAMES = [
@@ -83,6 +84,22 @@ def test_a_voice_is_kept_and_speaks(kept: Running, folder: Path, seed: int) -> N
         assert not (owner / "mine").exists()
         assert_problem(say(client, "mine"), 404, "voice_not_found")
         assert_problem(client.delete("/v1/audio/voices/mine"), 404)
+
+
+def test_an_alias_is_another_name_of_a_voice(engine: Engine, folder: Path, seed: int) -> None:
+    settings = Settings(model="small", voices=folder, aliases={"alloy": "mine", "nova": 3, "echo": "nobody"})
+    with serving(engine, settings) as running, running.client() as client:
+        assert_problem(say(client, "alloy"), 404, "voice_not_found")
+        add(client, "mine", wav(speech_like(0.5, seed)))
+        assert say(client, "alloy").content == say(client, "mine").content
+        assert say(client, "nova").content == engine_says(engine, speaker=3)
+        assert_problem(say(client, "echo"), 404, "voice_not_found")
+        assert_problem(say(client, "ash"), 404, "voice_not_found")
+
+
+def engine_says(engine: Engine, speaker: int) -> bytes:
+    given: dict[str, Any] = {"seed": 7, "max_seconds": 0.4, "speaker": speaker}
+    return b"".join(to_int16(chunk.samples).tobytes() for chunk in engine.stream(TEXT, **given))
 
 
 def test_they_are_there_after_a_restart(engine: Engine, folder: Path, seed: int) -> None:

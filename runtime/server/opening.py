@@ -1,0 +1,30 @@
+"""The application while its model is loaded: it is alive and not ready, and whatever is asked is to be asked again."""
+
+from __future__ import annotations
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from aloud.server.connection import refuse
+from aloud.server.problems import Problem
+
+
+class Opening:
+    """An ASGI application that hands everything to another once there is one."""
+
+    def __init__(self) -> None:
+        self.app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or let it be answered."""
+        warming = Problem(503, "The server loads its model. Ask again soon.", "warming", retry_after_seconds=5)
+        if self.app is not None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await refuse(WebSocket(scope, receive, send), warming)
+        elif scope["path"] == "/health/live":
+            await JSONResponse({"status": "alive"})(scope, receive, send)
+        else:
+            await warming.response()(scope, receive, send)
