@@ -45,8 +45,14 @@ class Serving:
         unknown = sorted(set(arguments) - set(kinds))
         if unknown:
             raise ValueError(f"There is no setting {unknown[0]!r}. There are: {', '.join(kinds)}.")
-        read: dict[type, Any] = {bool: lambda value: value.lower() in ("1", "true", "yes")}
+        read: dict[type, Any] = {bool: _truth}
         return cls(**{name: read.get(kinds[name], kinds[name])(value) for name, value in arguments.items()})
+
+
+def _truth(value: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise ValueError(f"A setting is true or false, got {value!r}.")
+    return value.lower() == "true"
 
 
 def app(arguments: dict[str, str]) -> Any:
@@ -63,12 +69,12 @@ def application(serving: Serving) -> Any:
         """Make the engine and its routes, in the replica."""
         from aloud import Engine, Runtime
         from aloud.server.app import create_app
-        from aloud.server.settings import Settings
+        from aloud.server.settings import Settings, read_keys
 
+        keys = read_keys(Path(serving.api_key_file)) if serving.api_key_file else ()
         engine = Engine(Runtime.load(serving.model, device=serving.device, max_streams=serving.max_streams))
-        keys = Path(serving.api_key_file).read_text().split() if serving.api_key_file else []
         voices, sessions = (Path(folder) if folder else None for folder in (serving.voices, serving.sessions))
-        made = create_app(engine, Settings(serving.model, keys=tuple(keys), voices=voices, sessions=sessions))
+        made = create_app(engine, Settings(serving.model, keys=keys, voices=voices, sessions=sessions))
         made.state.engine = engine
         return made
 

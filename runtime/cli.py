@@ -249,7 +249,9 @@ def _alias(value: str) -> tuple[str, str | int]:
 
 def _serve(parsed: argparse.Namespace) -> int:
     # Whatever can be wrong is found before the model is loaded, which takes much longer.
-    keys = _read_keys(parsed.api_key_file)
+    from aloud.server.settings import read_keys
+
+    keys = () if parsed.api_key_file is None else read_keys(parsed.api_key_file)
     _check_folder(parsed.voices, "--voices")
     _check_folder(parsed.sessions, "--sessions")
     if not 0 <= parsed.drain_seconds <= MAX_DRAIN_SECONDS:
@@ -292,18 +294,6 @@ def _serve(parsed: argparse.Namespace) -> int:
         aliases=default_aliases() | dict(parsed.alias),
     )
     return serve(load, settings, sockets, drain_seconds=parsed.drain_seconds, max_waiting=parsed.max_waiting)
-
-
-def _read_keys(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not text in UTF-8. Write a key a line.") from error
-    if not keys:
-        raise RequestError(f"There is no key in {path}. Write one a line, or leave --api-key-file out.")
-    return keys
 
 
 def _check_folder(path: Path | None, option: str) -> None:

@@ -115,16 +115,20 @@ class Conversation:
         return self._max_positions + 1 - self.positions - len(text)
 
     def _drop_until(self, positions: int) -> None:
-        if self.positions <= positions:
+        total = self.positions
+        if total <= positions:
             return
         kept = self._kept_positions
         target = kept + (positions - kept) // 2
-        while len(self._turns) > self._pinned:
-            is_last = len(self._turns) == self._pinned + 1  # which stays if it fits at all: it may just have been heard
-            if self.positions <= (positions if is_last else target):
+        first = self._pinned
+        while first < len(self._turns):
+            is_last = first == len(self._turns) - 1  # which stays if it fits at all: it may just have been heard
+            if total <= (positions if is_last else target):
                 break
-            del self._turns[self._pinned]
-            self.dropped_turns += 1
+            total -= len(self._turns[first])
+            first += 1
+        self.dropped_turns += first - self._pinned
+        del self._turns[self._pinned : first]
         if self._cached is not self._voice:
             self._cached = self._voice
             self.rebuilds += 1

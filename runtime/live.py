@@ -334,9 +334,13 @@ class Engine:
     # --- for sessions -------------------------------------------------------------------------------------------------
 
     def submit(self, job: Job) -> Stream:
-        """Let a job run."""
+        """Let a job run, if there is room for it; its frames or its end say whether there was."""
         self._check_open()
-        return self._go_on(job)
+        return self._go_on(job, is_refusable=True)
+
+    async def wait(self, stream: Stream) -> None:
+        """Return when a stream has a frame or is over. Raises `DeviceStuck`."""
+        await self._arrivals_here().wait(stream)
 
     def speech(
         self,

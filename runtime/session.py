@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aloud.audio import Audio
 from aloud.conversation import Conversation
-from aloud.engine.stream import Job
+from aloud.engine.stream import Job, Stream
 from aloud.errors import EngineClosed, SessionBusy
 from aloud.live_speech import LiveSpeech, Text
 from aloud.prepare import check_prompt, check_text, read_turns
@@ -60,6 +60,11 @@ class Session:
         )
 
     @property
+    def is_busy(self) -> bool:
+        """Whether it speaks or hears."""
+        return self._working.locked()
+
+    @property
     def turns(self) -> tuple[Prompt, ...]:
         """The turns that are still there, oldest first, as tokens: what `restore` takes."""
         return self._conversation.turns
@@ -79,22 +84,21 @@ class Session:
     async def hear(self, text: str, audio: AudioSource | None = None, speaker: int = 1) -> None:
         """Take in a turn of somebody else: its text, its sound if there is any, who spoke.
 
-        Its context is read now, so that the next answer need not wait for it.
+        Its context is read now, so that the next answer need not wait for it. Raises what `Engine.stream` does.
         """
-        await asyncio.to_thread(self.hear_sync, text, audio, speaker)
+        with self._busy():
+            segment = Segment(text, audio, speaker)
+            # In a thread for its sound alone: waiting for a slot holds none.
+            turn = self._turn(segment) if audio is None else await asyncio.to_thread(self._turn, segment)
+            with self._reading(turn) as stream:
+                if stream is not None:
+                    await self._engine.wait(stream)
 
     def hear_sync(self, text: str, audio: AudioSource | None = None, speaker: int = 1) -> None:
         """As `hear`; blocks."""
-        with self._busy():
-            runtime, conversation = self._engine.runtime, self._conversation
-            segment = Segment(text, audio, speaker)
-            (turn,) = read_turns(runtime.model, runtime.tokenizer, [segment], max_positions=conversation.free_positions)
-            conversation.add(turn)
-            try:
-                self._read()
-            except BaseException:  # who hears it again shall not have it twice
-                conversation.take_back()
-                raise
+        with self._busy(), self._reading(self._turn(Segment(text, audio, speaker))) as stream:
+            if stream is not None:
+                self._engine.loop.wait(stream)
 
     def stream(
         self,
@@ -137,31 +141,48 @@ class Session:
         speech = self.stream(text, seed=seed, max_seconds=max_seconds, pace="full")
         return self._engine.joined(list(speech), speech)
 
-    def _read(self) -> None:
-        """Read what of the conversation has not been read."""
-        conversation = self._conversation
-        conversation.make_room()
-        unread = conversation.unread()
-        if unread is None:
-            return
-        job = Job(
-            prompt=unread,
-            sampling=Sampling(),
-            seed=0,
-            max_frames=0,
-            guards=Guards.off(),
-            text_limit_frames=None,
-            prefix=conversation.cached,
-            keeps_cache=True,
+    def _turn(self, segment: Segment) -> Prompt:
+        """A turn of somebody else as tokens."""
+        runtime = self._engine.runtime
+        (turn,) = read_turns(
+            runtime.model, runtime.tokenizer, [segment], max_positions=self._conversation.free_positions
         )
-        stream = self._engine.submit(job)
+        return turn
+
+    @contextmanager
+    def _reading(self, turn: Prompt) -> Iterator[Stream | None]:
+        """Add a turn to the conversation and have it read: wait for the stream, or for nothing if there is none."""
+        conversation = self._conversation
+        conversation.add(turn)
         try:
-            self._engine.loop.next(stream)
-        finally:
-            self._engine.loop.cancel(stream)
-        if stream.prefix is None:
-            raise EngineClosed("The engine was closed while it listened. Make a new one.")
-        conversation.has_read(stream.prefix)
+            conversation.make_room()
+            unread = conversation.unread()
+            if unread is None:
+                yield None
+                return
+            job = Job(
+                prompt=unread,
+                sampling=Sampling(),
+                seed=0,
+                max_frames=0,
+                guards=Guards.off(),
+                text_limit_frames=None,
+                prefix=conversation.cached,
+                keeps_cache=True,
+            )
+            stream = self._engine.submit(job)
+            try:
+                yield stream
+            finally:
+                self._engine.loop.cancel(stream)
+            if stream.error is not None:
+                raise stream.error
+            if stream.prefix is None:
+                raise EngineClosed("The engine was closed while it listened. Make a new one.")
+            conversation.has_read(stream.prefix)
+        except BaseException:  # who hears it again shall not have it twice
+            conversation.take_back()
+            raise
 
     def _request(self, text: Text, seed: int | None, max_seconds: float | None) -> Request:
         if isinstance(text, str):

@@ -7,7 +7,6 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from aloud.audio import Audio
 from aloud.errors import NothingSpoken
 from aloud.live_speech import LiveSpeech
 from aloud.server.encode import Encoders, Format
-from aloud.server.metrics import Metrics
-from aloud.server.problems import Problem, problem_of
+from aloud.server.metrics import Metrics, Progress
+from aloud.server.problems import problem_of
 
 EVENT_STREAM = "text/event-stream"
 MAX_TOGETHER = 12
@@ -28,24 +27,6 @@ MAX_TOGETHER = 12
 
 class ClientGone(Exception):
     """Nobody listens any more."""
-
-
-@dataclass
-class Progress:
-    """How one speech is doing."""
-
-    asked: float  # when, in seconds of time.monotonic
-    first_audio: float | None = None
-    audio_seconds: float = 0.0
-    underrun_seconds: float = 0.0
-
-    def made(self, chunk: Audio) -> None:
-        """A chunk is there: if those before have all been played by now, the player waited for it."""
-        now = time.monotonic()
-        if self.first_audio is None:
-            self.first_audio = now
-        self.underrun_seconds += max(0.0, now - self.first_audio - self.audio_seconds - self.underrun_seconds)
-        self.audio_seconds += chunk.duration
 
 
 class SpeechAnswer(Response):
@@ -79,6 +60,8 @@ class SpeechAnswer(Response):
         self._input_tokens = input_tokens
         self._log = log
         self._when_over = when_over
+        self._ending: asyncio.Future[None] | None = None  # `when_over`
+        self._failed: Exception | None = None  # what is to be raised behind the chunks that were there before it
         self._progress = Progress(time.monotonic())
         self._sending_since: float | None = None
 
@@ -109,7 +92,10 @@ class SpeechAnswer(Response):
             for task in (answering, gone):
                 task.cancel()
             await asyncio.gather(answering, return_exceptions=True)  # what it raised was told, or nobody is there
-            self._count(outcome)
+            self._log |= {"outcome": outcome} | self._metrics.count(self._progress, outcome)
+            if outcome == "finished" and self._progress.audio_seconds > 0:  # a socket's depends on its text's time
+                taken = time.monotonic() - self._progress.asked
+                self._metrics.real_time_factor.observe(taken / self._progress.audio_seconds)
             await self._over()
 
     async def _outcome(self, answering: asyncio.Future[str], gone: asyncio.Future[None]) -> str:
@@ -147,14 +133,15 @@ class SpeechAnswer(Response):
             async for body in self._bodies(first):
                 if body:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
-        except (ClientGone, Problem):
+        except ClientGone:
             raise
         except Exception as error:
             self._log["error"] = type(error).__name__
+            problem = problem_of(error)
             if not self._events:
                 # Without a last message the server cuts the connection, and the client sees that something is missing.
                 return "failed"
-            event = {"type": "speech.audio.error", "error": problem_of(error).body["error"]}
+            event = {"type": "speech.audio.error", "error": problem.body["error"]}
             await send({"type": "http.response.body", "body": _event(event), "more_body": False})
             return "failed"
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -177,37 +164,29 @@ class SpeechAnswer(Response):
 
     async def _chunks(self) -> list[Audio]:
         """The next chunk, and those that are there already, as they are where many are answered; none at the end."""
-        chunks = []
+        if self._failed is not None:
+            raise self._failed
+        chunks: list[Audio] = []
         chunk = await anext(self._speech, None)
         while chunk is not None:
             self._progress.made(chunk)
             chunks.append(chunk)
-            chunk = self._speech.ready() if len(chunks) < MAX_TOGETHER else None
+            try:
+                chunk = self._speech.ready() if len(chunks) < MAX_TOGETHER else None
+            except Exception as error:
+                self._failed, chunk = error, None
         return chunks
 
     async def _over(self) -> None:
-        when_over, self._when_over = self._when_over, None
-        if when_over is not None:
-            await when_over()
+        if self._when_over is not None:
+            if self._ending is None:
+                self._ending = asyncio.ensure_future(self._when_over())
+            await asyncio.shield(self._ending)  # also where the client leaves meanwhile
 
     def _wrapped(self, data: bytes) -> bytes:
         if not self._events or not data:
             return data
         return _event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()})
-
-    def _count(self, outcome: str) -> None:
-        metrics, progress = self._metrics, self._progress
-        metrics.requests.labels(outcome).inc()
-        self._log["outcome"] = outcome
-        if progress.first_audio is None:
-            return
-        waited = progress.first_audio - progress.asked
-        metrics.first_audio.observe(waited)
-        metrics.audio_seconds.inc(progress.audio_seconds)
-        metrics.underrun_seconds.inc(progress.underrun_seconds)
-        if outcome == "finished" and progress.audio_seconds > 0:
-            metrics.real_time_factor.observe((time.monotonic() - progress.asked) / progress.audio_seconds)
-        self._log |= {"first_audio_ms": round(1000 * waited, 1), "audio_s": round(progress.audio_seconds, 2)}
 
 
 async def _wait_until_gone(receive: Receive) -> None:

@@ -24,7 +24,7 @@ from aloud.live import Engine
 from aloud.server import openapi
 from aloud.server.answer import SpeechAnswer
 from aloud.server.encode import FORMATS, Encoders
-from aloud.server.gate import Gate
+from aloud.server.gate import Gate, route_path
 from aloud.server.metrics import Metrics
 from aloud.server.problems import Problem, problem_of
 from aloud.server.realtime import realtime_routes
@@ -326,5 +326,5 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 def _methods(request: Request) -> list[str]:
     """What can be done with a path; the routes themselves each know only their own."""
     described: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
-    found = [methods for path, methods in described.items() if compile_path(path)[0].match(request.scope["path"])]
+    found = [methods for path, methods in described.items() if compile_path(path)[0].match(route_path(request.scope))]
     return [method.upper() for methods in found for method in methods]

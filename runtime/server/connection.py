@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from aloud.errors import EngineClosed
-from aloud.server.problems import Problem, problem_of
+from aloud.server.problems import POLICY, Problem, problem_of
 
-NORMAL, IDLE, ABUSE, TOO_LARGE, STOPPING = 1000, 1001, 1008, 1009, 1012
+NORMAL, IDLE, TOO_LARGE, STOPPING = 1000, 1001, 1009, 1012
 LOOK_SECONDS = 0.2
 """How often a socket on which nothing comes looks whether the server is stopping."""
 
@@ -26,11 +26,11 @@ LOOK_SECONDS = 0.2
 class SocketLimits:
     """What one socket may ask for and how long it may take."""
 
-    sockets: int = 64  # that one key may have open
+    sockets: int = 64  # of one kind that one key may have open
     contexts: int = 8  # that one socket may have
     turns: int = 16  # of one context that wait to be spoken
     message_bytes: int = 262_144
-    errors: int = 100  # wrong messages in all, after which a socket is closed
+    errors: int = 100  # messages in all that were answered with an error, after which a socket is closed
     idle_seconds: float = 300.0  # without a message from either side
     write_seconds: float = 30.0  # that a client may take to read what is sent
     buffered_events: int = 8  # that wait to be sent; who makes more waits too
@@ -59,14 +59,6 @@ class Door:
             self._open[owner] -= 1
             if not self._open[owner]:
                 del self._open[owner]
-
-
-async def refuse(websocket: WebSocket, problem: Problem) -> None:
-    """Answer the handshake with a problem."""
-    if "websocket.http.response" in websocket.scope.get("extensions", {}):
-        await websocket.send_denial_response(problem.response())
-    else:
-        await websocket.close(ABUSE, problem.message)
 
 
 class Connection:
@@ -164,7 +156,7 @@ class Connection:
             problem = _invalid(error) if isinstance(error, ValidationError) else problem_of(error)
             await self.send(error_event(problem))
             if self._errors >= self._limits.errors:
-                await self.close(ABUSE, "There were too many wrong messages.")
+                await self.close(POLICY, "There were too many wrong messages.")
 
     async def _write(self) -> None:
         """Send what is in the outbox; once the client is gone or too slow, throw it away, so that nobody waits."""

@@ -6,33 +6,26 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import json
-import logging
 import secrets
 import time
-import traceback
 from collections.abc import MutableMapping
 from contextlib import suppress
-from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
-from aloud.server.problems import Problem, problem_of
+from aloud.server import log
+from aloud.server.problems import Problem, problem_of, refuse
 from aloud.server.settings import Settings
-
-logger = logging.getLogger("aloud.server")
 
 OPEN_PREFIX = "/health/"
 """What needs no key: whoever watches over the process has none."""
 SAFE_METHODS = ("GET", "HEAD")
 """What a page of another site may ask for: nothing is changed by it, and browsers do not let the page read it."""
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
-"""Of the request that is being answered, for whatever else is logged of it, also in a thread that works for it."""
 EVERYBODY = "everybody"
 """The owner of what is made on a server without keys."""
 
@@ -52,22 +45,23 @@ class Gate:
         headers = Headers(scope=scope)
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["request_id"] = request_id = secrets.token_hex(8)
-        REQUEST_ID.set(request_id)
+        log.REQUEST_ID.set(request_id)
+        path = route_path(scope)
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
         try:
-            refusal = self._foreign(scope, headers)
+            refusal = self._foreign(scope, path, headers)
             if refusal is not None:
                 await self._refuse(scope, receive, send_with_id, refusal)
                 return
-            owner = self._owner(scope["path"], headers)
+            owner = self._owner(path, headers)
             if owner is None:
                 await self._refuse(scope, receive, send_with_id, _unauthorised())
                 return
@@ -82,17 +76,16 @@ class Gate:
         except ClientDisconnect:  # while its body was read
             state["log"] = {"outcome": "client_gone"}
         except Exception as error:
-            logger.error(json.dumps({"request_id": request_id} | _fault(error)))
             await self._fail(scope, receive, send_with_id, problem_of(error), is_answered=status != 0)
         finally:
             milliseconds = round(1000 * (time.monotonic() - started), 1)
-            line = {"request_id": request_id, "method": scope.get("method", "WS"), "path": scope["path"]}
-            logger.info(json.dumps(line | {"status": status, "ms": milliseconds} | state.get("log", {})))
+            line = {"method": scope.get("method", "WS"), "path": path, "status": status, "ms": milliseconds}
+            log.write(**line | state.get("log", {}))
 
-    def _foreign(self, scope: Scope, headers: Headers) -> Problem | None:
+    def _foreign(self, scope: Scope, path: str, headers: Headers) -> Problem | None:
         """Why a request may come from a page of another site, which a browser lets ask every server it reaches."""
         host = headers.get("host", "")
-        is_open = scope["path"].startswith(OPEN_PREFIX)
+        is_open = path.startswith(OPEN_PREFIX)
         # A name of the attacker's may lead here: then the page and the server are one site to the browser.
         if self._settings.hosts and not is_open and _name(host) not in self._settings.hosts:
             message = "Without keys, this server answers to this machine's own names alone. Start it with a key file."
@@ -117,7 +110,7 @@ class Gate:
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, problem: Problem) -> None:
         if scope["type"] == "websocket":
             await receive()
-            await send({"type": "websocket.close", "code": 1008, "reason": problem.message})
+            await refuse(WebSocket(scope, receive, send), problem)
             return
         response = problem.response()
         if problem.status == 401:
@@ -133,35 +126,50 @@ class Gate:
                 await problem.response()(scope, receive, send)
 
 
+def route_path(scope: Scope) -> str:
+    """The path as this application's routes have it, wherever it is mounted."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path[len(root) :] or "/" if path.startswith(f"{root}/") or path == root else path
+
+
 class _Body:
     """A request's body, counted as it comes."""
 
     def __init__(self, receive: Receive, settings: Settings, headers: Headers) -> None:
         self._receive = receive
-        self._limits = settings.limits
         self._settings = settings
         self._bytes = 0
+        self._structure = 0
         self._is_read = False
+        self._is_json = not headers.get("content-type", "").lower().startswith("multipart/")
+        self._end = time.monotonic() + settings.limits.body_seconds
         length = headers.get("content-length", "0")
         self.is_too_long = not length.isdecimal() or len(length) > 20 or int(length) > settings.limits.body_bytes
 
     async def receive(self) -> Message:
-        """The next message; raises a `Problem` when it is too much, or takes too long."""
+        """The next message; raises a `Problem` when it is too much, or takes too long, in part or whole."""
         if self._is_read:
             return await self._receive()
         # Not `asyncio.wait_for`, which before Python 3.12 can swallow a cancellation.
         receiving = asyncio.ensure_future(self._receive())
         try:
-            await asyncio.wait({receiving}, timeout=self._limits.read_seconds)
+            seconds = min(self._settings.limits.read_seconds, max(0.0, self._end - time.monotonic()))
+            await asyncio.wait({receiving}, timeout=seconds)
             if not receiving.done():
                 raise Problem(408, "The request's body did not come in time.", "timeout")
             message = receiving.result()
         finally:
             receiving.cancel()
-        self._bytes += len(message.get("body", b""))
+        data = message.get("body", b"")
+        self._bytes += len(data)
         self._is_read = not message.get("more_body", False)
-        if self._bytes > self._limits.body_bytes:
+        if self._bytes > self._settings.limits.body_bytes:
             raise _too_long(self._settings)
+        if self._is_json:
+            # What is small as bytes may be large, and slow, as objects.
+            self._structure += sum(data.count(mark) for mark in b"{[,")
+            if self._structure > self._settings.limits.json_parts:
+                raise Problem(413, f"JSON may have {self._settings.limits.json_parts:,} parts.", "too_large")
         return message
 
 
@@ -198,12 +206,6 @@ def _is_same(origin: str, host: str) -> bool:
         )
     except ValueError:
         return False
-
-
-def _fault(error: BaseException) -> dict[str, Any]:
-    """What is written of a fault: what kind and where, innermost last, but not its message, which may quote a text."""
-    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
-    return {"fault": type(error).__name__, "at": places[-8:]}
 
 
 def _unauthorised() -> Problem:

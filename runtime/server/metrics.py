@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from aloud.audio import Audio
 from aloud.live import Engine
 
 FIRST_AUDIO_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 FACTOR_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 1, 1.5, 3, 10)
+
+
+@dataclass
+class Progress:
+    """How one speech is doing."""
+
+    asked: float  # when, in seconds of time.monotonic
+    first_audio: float | None = None
+    audio_seconds: float = 0.0
+    underrun_seconds: float = 0.0
+
+    def made(self, chunk: Audio) -> None:
+        """A chunk is there: if those before have all been played by now, the player waited for it."""
+        now = time.monotonic()
+        if self.first_audio is None:
+            self.first_audio = now
+        self.underrun_seconds += max(0.0, now - self.first_audio - self.audio_seconds - self.underrun_seconds)
+        self.audio_seconds += chunk.duration
 
 
 class Metrics:
@@ -43,6 +64,17 @@ class Metrics:
         speaking = Gauge("aloud_requests_speaking", "Requests whose answer is not over.", registry=self._registry)
         speaking.set_function(lambda: self.speaking)
         self._registry.register(_EngineCollector(engine))
+
+    def count(self, progress: Progress, outcome: str) -> dict[str, float]:
+        """One speech that is over -> what the log says of it."""
+        self.requests.labels(outcome).inc()
+        if progress.first_audio is None:
+            return {}
+        waited = progress.first_audio - progress.asked
+        self.first_audio.observe(waited)
+        self.audio_seconds.inc(progress.audio_seconds)
+        self.underrun_seconds.inc(progress.underrun_seconds)
+        return {"first_audio_ms": round(1000 * waited, 1), "audio_s": round(progress.audio_seconds, 2)}
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

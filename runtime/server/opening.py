@@ -6,8 +6,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from aloud.server.connection import refuse
-from aloud.server.problems import Problem
+from aloud.server.problems import Problem, refuse
 
 
 class Opening:

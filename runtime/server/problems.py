@@ -6,8 +6,13 @@ import math
 from dataclasses import dataclass
 
 from starlette.responses import JSONResponse
+from starlette.websockets import WebSocket
 
 from aloud import errors
+from aloud.server import log
+
+POLICY = 1008
+"""What a WebSocket is closed with that may not come in, or not stay."""
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Problem(Exception):
 
 
 def problem_of(error: BaseException) -> Problem:
-    """What a client is told of an error."""
+    """What a client is told of an error; one that is nobody's but ours is logged."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, errors.Overloaded):
@@ -56,4 +61,13 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(422, str(error), "nothing_spoken")
     if isinstance(error, errors.DeviceStuck):
         return Problem(503, "The device does not answer.", "device_stuck", retry_after_seconds=30)
+    log.write_fault(error)
     return Problem(500, "The speech could not be made. Ask again.", "internal")
+
+
+async def refuse(websocket: WebSocket, problem: Problem) -> None:
+    """Answer a WebSocket's handshake, which has been received, with a problem."""
+    if "websocket.http.response" in websocket.scope.get("extensions", {}):
+        await websocket.send_denial_response(problem.response())
+    else:
+        await websocket.close(POLICY, problem.message)

@@ -30,11 +30,10 @@ from pydantic import TypeAdapter
 
 from aloud.live import Engine
 from aloud.live_speech import LiveSpeech
-from aloud.server.answer import Progress
-from aloud.server.connection import Connection, Door, SocketLimits, refuse
+from aloud.server.connection import Connection, Door, SocketLimits
 from aloud.server.encode import FORMATS, encoder
-from aloud.server.metrics import Metrics
-from aloud.server.problems import Problem, problem_of
+from aloud.server.metrics import Metrics, Progress
+from aloud.server.problems import Problem, problem_of, refuse
 from aloud.server.realtime_events import EVENT, MAX_ITEMS, EventHead, Item, ResponseFields, SessionAudio, SessionFields
 from aloud.server.settings import Settings
 from aloud.server.voices import Registry
@@ -216,16 +215,11 @@ class RealtimeSocket:
     def count(self, progress: Progress, outcome: str, error: BaseException | None) -> None:
         """For the metrics and the log."""
         self._metrics.speaking -= 1
-        self._metrics.requests.labels(outcome).inc()
+        counted = self._metrics.count(progress, outcome)
         self._log["turns"] += 1
+        self._log["audio_s"] = round(self._log["audio_s"] + counted.get("audio_s", 0.0), 2)
         if error is not None:
             self._log["error"] = type(error).__name__
-        if progress.first_audio is None:
-            return
-        self._log["audio_s"] = round(self._log["audio_s"] + progress.audio_seconds, 2)
-        self._metrics.first_audio.observe(progress.first_audio - progress.asked)
-        self._metrics.audio_seconds.inc(progress.audio_seconds)
-        self._metrics.underrun_seconds.inc(progress.underrun_seconds)
 
     # ------------------------------------------------------------------------------------------------------------------
 

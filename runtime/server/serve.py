@@ -167,6 +167,7 @@ def serve(
         timeout_graceful_shutdown=math.ceil(settings.limits.lead_seconds),
         server_header=False,
         ws_max_size=262_144,
+        ws_per_message_deflate=False,  # audio in base64 hardly gets smaller, and it takes longer than all else
         h11_max_incomplete_event_size=65_536,
     )
     server = Server(config, drain_seconds, settings.limits)

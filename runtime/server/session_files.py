@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,23 @@ class SessionFiles:
         self._keep_seconds = keep_seconds
 
     def stamp(self, owner: str, session_id: str) -> int | None:
-        """What changes whenever a session is written; None where there is none, or not any more."""
+        """What changes whenever a session is written; None where there is none, or not any more. Raises `OSError`."""
         try:
             written_ns = self._path(owner, session_id).stat().st_mtime_ns
-        except OSError:
+        except FileNotFoundError:
             return None
         return written_ns if self._is_fresh(written_ns) else None
 
     def read(self, owner: str, session_id: str) -> tuple[Any, int] | None:
-        """What was written, and its stamp, if it is not too old. Raises `ValueError` for a file that is no JSON."""
+        """What was written, and its stamp, if it is not too old.
+
+        Raises `ValueError` for a file that is no JSON, and `OSError`.
+        """
         try:
             with self._path(owner, session_id).open(encoding="utf-8") as file:
                 written_ns = os.fstat(file.fileno()).st_mtime_ns
                 return (json.load(file), written_ns) if self._is_fresh(written_ns) else None
-        except OSError:
+        except FileNotFoundError:
             return None
         except RecursionError as error:
             raise ValueError("The file is nested too deeply.") from error
@@ -63,14 +67,15 @@ class SessionFiles:
         self._path(owner, session_id).unlink(missing_ok=True)
 
     def ids(self, owner: str) -> set[str]:
-        """The sessions of an owner; forgets those that are too old."""
-        found = set()
-        for path in (self._folder / owner).glob("*.json"):
-            if self.stamp(owner, path.stem) is None:
-                path.unlink(missing_ok=True)
-            else:
-                found.add(path.stem)
-        return found
+        """The sessions of an owner."""
+        return {path.stem for path in (self._folder / owner).glob("*.json") if self.stamp(owner, path.stem) is not None}
+
+    def sweep(self) -> None:
+        """Delete what is too old, of all owners: sessions, and what was left of a write that did not end."""
+        for path in self._folder.glob("*/*"):
+            with suppress(FileNotFoundError):  # another process sweeps, too
+                if not self._is_fresh(path.stat().st_mtime_ns):
+                    path.unlink()
 
     def _path(self, owner: str, session_id: str) -> Path:
         return self._folder / owner / f"{session_id}.json"

@@ -5,13 +5,13 @@ With a folder, they are written there after each turn, and read from it when the
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,15 +21,14 @@ from aloud.live import Engine
 from aloud.models.csm import CsmConfig
 from aloud.prepare import check_prompt
 from aloud.request import Prompt
-from aloud.server.gate import REQUEST_ID
+from aloud.server import log
 from aloud.server.problems import Problem
 from aloud.server.session_files import SessionFiles
 from aloud.server.settings import Settings
 from aloud.server.voices import Registry
 from aloud.session import Session
 
-logger = logging.getLogger("aloud.server")
-
+SWEEP_SECONDS = 60.0
 SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -41,6 +40,7 @@ class Kept:
     voice: str
     last_asked: float  # seconds of time.monotonic
     stamp: int | None = None  # of the file; None: it was not written yet
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Sessions:
@@ -52,6 +52,7 @@ class Sessions:
         self._limits = settings.limits
         folder = settings.sessions
         self._files = None if folder is None else SessionFiles(folder, settings.limits.session_seconds)
+        self._swept = -SWEEP_SECONDS  # when, in seconds of time.monotonic
         self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -59,7 +60,7 @@ class Sessions:
         """A session that is there."""
         kept = self._current(owner, session_id)
         if kept is None:
-            raise Problem(404, "There is no such session, or not any more.", "session_not_found", "session_id")
+            raise _missing()
         return kept
 
     def open(self, owner: str, session_id: str, voice: str) -> Kept:
@@ -78,19 +79,25 @@ class Sessions:
 
     def save(self, owner: str, session_id: str, kept: Kept) -> None:
         """Write a session whose turn is over, unless it was forgotten meanwhile."""
+        kept.last_asked = time.monotonic()
         if self._files is None:
             return
-        with self._lock:
+        with kept.writing, _disk():
             if self._kept.get((owner, session_id)) is kept:
                 kept.stamp = self._files.write(owner, session_id, _content(kept))
 
     def delete(self, owner: str, session_id: str) -> None:
-        """Forget a session."""
-        self.find(owner, session_id)
+        """Forget a session, also one that cannot be read."""
+        check_id(session_id)
         with self._lock:
-            self._kept.pop((owner, session_id), None)
+            self._forget_old()
+            was_here = self._kept.pop((owner, session_id), None) is not None
+        with _disk():
+            was_kept = self._files is not None and self._files.stamp(owner, session_id) is not None
             if self._files is not None:
                 self._files.delete(owner, session_id)
+        if not was_here and not was_kept:
+            raise _missing()
 
     def exported(self, owner: str, session_id: str) -> dict[str, Any]:
         """All that is needed to rebuild a session elsewhere: its voice's name, and its turns as tokens."""
@@ -110,36 +117,40 @@ class Sessions:
         with self._lock:
             self._forget_old()
             kept = self._kept.get((owner, session_id))
-            if self._files is not None:
-                stamp = self._files.stamp(owner, session_id)
-                if kept is not None and kept.stamp not in (None, stamp):  # it went on, or was deleted, elsewhere
-                    del self._kept[owner, session_id]
-                    kept = None
-            if kept is not None:
-                return self._keep(owner, session_id, kept)
-        read = self._read(owner, session_id)
-        if read is None:
-            return None
-        with self._lock:
-            kept = self._kept.get((owner, session_id))
-            if kept is None or kept.stamp != read.stamp:  # or somebody else has just read it, too
-                kept = read
+        if kept is not None and self._is_current(owner, session_id, kept):
             return self._keep(owner, session_id, kept)
+        read = self._read(owner, session_id)
+        with self._lock:
+            now = self._kept.get((owner, session_id))
+            if now is not kept and now is not None:  # somebody else has just read it, or gone on
+                return self._keep(owner, session_id, now)
+            if read is None:
+                self._kept.pop((owner, session_id), None)
+                return None
+            return self._keep(owner, session_id, read)
+
+    def _is_current(self, owner: str, session_id: str, kept: Kept) -> bool:
+        """Whether a session has neither gone on nor been deleted elsewhere."""
+        if self._files is None or kept.session.is_busy:
+            return True
+        with kept.writing, _disk():
+            return kept.stamp in (None, self._files.stamp(owner, session_id))
 
     def _read(self, owner: str, session_id: str) -> Kept | None:
         """A session from its file."""
         if self._files is None:
             return None
         try:
-            written = self._files.read(owner, session_id)
+            with _disk():
+                written = self._files.read(owner, session_id)
             if written is None:
                 return None
             content, stamp = written
             kept = self._rebuilt(owner, content)
-        except (ValueError, Problem) as error:
-            line = {"request_id": REQUEST_ID.get(), "fault": "SessionUnreadable", "session": session_id}
-            logger.error(json.dumps(line | {"problem": error.code if isinstance(error, Problem) else "invalid_json"}))
-            return None
+        except ValueError as error:
+            raise _unreadable() from error
+        except Problem as problem:
+            raise _unreadable() if problem.code == "invalid_session" else problem from problem
         kept.stamp = stamp
         return kept
 
@@ -150,9 +161,15 @@ class Sessions:
             raise wrong
         if not isinstance(content.get("turns"), list):
             raise wrong
-        turns = [_turn(self._engine.runtime.config, turn) for turn in content["turns"]]
+        turns: list[Prompt] = []
+        room = self._engine.runtime.max_positions
+        for turn in reversed(content["turns"]):  # what is older than there is room for would be dropped at once
+            turns.append(_turn(self._engine.runtime.config, turn))
+            room -= len(turns[-1])
+            if room < 0:
+                break
         kept = self._made(owner, content["voice"])
-        kept.session.restore(turns)
+        kept.session.restore(turns[::-1])
         return kept
 
     def _made(self, owner: str, voice: str) -> Kept:
@@ -170,19 +187,31 @@ class Sessions:
 
     def _check_room(self, owner: str, session_id: str) -> None:
         """Raise a `Problem` when one more session would be too many."""
+        now = time.monotonic()
+        if self._files is not None and now - self._swept > SWEEP_SECONDS:
+            self._swept = now
+            with _disk():
+                self._files.sweep()
         with self._lock:
             self._forget_old()
             # Those that were written are counted by their files: another process may have deleted them.
             others = {key[1] for key, kept in self._kept.items() if key[0] == owner and kept.stamp is None}
         if self._files is not None:
-            others |= self._files.ids(owner)
+            with _disk():
+                others |= self._files.ids(owner)
         if len(others - {session_id}) >= self._limits.sessions:
             raise Problem(429, "There are too many sessions. Delete one.", "too_many_sessions", retry_after_seconds=60)
 
     def _forget_old(self) -> None:
         before = time.monotonic() - self._limits.session_seconds
-        while self._kept and next(iter(self._kept.values())).last_asked < before:
-            self._kept.popitem(last=False)
+        old = []
+        for key, kept in self._kept.items():  # who was asked for last comes last
+            if kept.last_asked >= before:
+                break
+            if not kept.session.is_busy:
+                old.append(key)
+        for key in old:
+            del self._kept[key]
 
 
 def _content(kept: Kept) -> dict[str, Any]:
@@ -192,6 +221,26 @@ def _content(kept: Kept) -> dict[str, Any]:
         for turn in kept.session.turns
     ]
     return {"version": 1, "voice": kept.voice, "turns": turns}
+
+
+def _missing() -> Problem:
+    return Problem(404, "There is no such session, or not any more.", "session_not_found", "session_id")
+
+
+def _unreadable() -> Problem:
+    message = "The session's file cannot be read. Delete the session, or PUT it anew."
+    return Problem(409, message, "session_unreadable", "session_id")
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    """A disk that fails is no session that is not there, which would be begun anew and written over."""
+    try:
+        yield
+    except OSError as error:
+        log.write_fault(error)
+        message = "Sessions cannot be read or written now. Ask again."
+        raise Problem(503, message, "sessions_unavailable", retry_after_seconds=5) from error
 
 
 def check_id(session_id: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from aloud.errors import RequestError
+
 OPENAI_VOICES = (
     "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
 )  # fmt: skip
@@ -23,7 +25,9 @@ class Limits:
     voices: int = 100  # that one key may keep
     sessions: int = 100  # that one key may have at once
     session_seconds: float = 900.0  # without a request, or in a file without a turn, after which one is forgotten
+    json_parts: int = 200_000  # objects, lists and what they hold, in a body that is not a form
     read_seconds: float = 30.0  # between two parts of a request's body
+    body_seconds: float = 300.0  # for all of it
     write_seconds: float = 30.0  # that a client may take to read what is sent
     lead_seconds: float = 10.0  # that a response may run ahead of being played
     cached_voices: int = 256  # that stay read, of all keys
@@ -36,10 +40,23 @@ class Settings:
     model: str
     keys: tuple[str, ...] = ()  # none: everybody may come
     hosts: tuple[str, ...] = ()  # names that it answers to, without ports; none: any
-    voices: Path | None = None  # folder; None: voices are kept in memory alone
+    voices: Path | None = None  # folder; None: voices are kept until the process ends
     sessions: Path | None = None  # folder, which several servers may share; None: in memory alone
     aliases: dict[str, str | int] = field(default_factory=lambda: default_aliases())
     limits: Limits = field(default_factory=Limits)
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The keys of a file, one a line. Raises a `RequestError` when there are none, and `OSError`."""
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not text in UTF-8. Write a key a line.") from error
+    if not keys:
+        raise RequestError(f"There is no key in {path}. Write one a line, or do without a key file.")
+    if not all(key.isascii() for key in keys):
+        raise RequestError(f"A key in {path} has letters that headers cannot carry. Use ASCII.")
+    return keys
 
 
 def default_aliases() -> dict[str, str | int]:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from aloud.errors import AudioInvalid, AudioTooLong
@@ -50,26 +50,36 @@ Whole = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]
 
 
-class VoiceId(BaseModel):
-    """A voice, as OpenAI's clients may also name it."""
+class Strict(BaseModel):
+    """Something with the fields that there are, and no others."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > len(cls.model_fields) + 1:  # one error is enough
+            raise PydanticCustomError("fields", "Input should have no other fields than those that there are")
+        return value
+
+
+class VoiceId(Strict):
+    """A voice, as OpenAI's clients may also name it."""
+
     id: str
 
 
-class ContextTurn(BaseModel):
+class ContextTurn(Strict):
     """A turn of the conversation so far."""
 
-    model_config = ConfigDict(extra="forbid")
     text: Text = Field(description="What was said.")
     speaker: Whole = Field(0, ge=0, le=MAX_SPEAKER)
     audio: str | None = Field(None, description="How it sounded: an audio file in base64. Without it, text alone.")
 
 
-class SpeechBody(BaseModel):
+class SpeechBody(Strict):
     """What POST /v1/audio/speech takes: OpenAI's fields, and the model's own."""
 
-    model_config = ConfigDict(extra="forbid")
     input: Text = Field(min_length=1, json_schema_extra={"pattern": r"\S"})
     model: str = ""
     voice: str | VoiceId = "alloy"
@@ -84,7 +94,9 @@ class SpeechBody(BaseModel):
     depth_top_k: Whole | None = Field(None, ge=0, lt=2**31)
     speaker: Whole | None = Field(None, ge=0, le=MAX_SPEAKER)
     max_seconds: Number | None = Field(None, gt=0, le=3600)
-    context: list[ContextTurn] | None = Field(None, description="The conversation so far; not in a session.")
+    context: Annotated[list[ContextTurn], Field(fail_fast=True)] | None = Field(
+        None, description="The conversation so far; not in a session."
+    )
     session_id: str | None = None
 
 

@@ -65,6 +65,7 @@ class Registry:
         self._temporary = tempfile.TemporaryDirectory(prefix="aloud-voices-") if settings.voices is None else None
         self._folder = Path(self._temporary.name) if self._temporary else settings.voices
         self._lock = threading.RLock()
+        self._reading: dict[tuple[str, str, str], threading.Lock] = {}
         self._read: OrderedDict[tuple[str, str, str], Voice] = OrderedDict()  # by owner, name and digest
 
     def listed(self, owner: str) -> list[ListedVoice]:
@@ -85,9 +86,10 @@ class Registry:
             raise Problem(409, f"{name!r} is a name that stands for another voice. Choose another.", "name_taken")
         with self._lock:
             folder = self._place(owner)
-            if (folder / name).exists():
+            if self._record(owner, name) is not None:
                 raise Problem(409, f"There is a voice {name!r} already. Delete it first.", "name_taken")
-            if folder.is_dir() and len(list(folder.iterdir())) >= self._settings.limits.voices:
+            others = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
+            if len(others) >= self._settings.limits.voices:
                 raise Problem(409, f"There are {self._settings.limits.voices} voices already.", "too_many_voices")
             folder.mkdir(parents=True, exist_ok=True)
             building = Path(tempfile.mkdtemp(prefix=".", dir=folder))
@@ -96,7 +98,8 @@ class Registry:
                 digest = hashlib.sha256((building / SAMPLE).read_bytes()).hexdigest()
                 seconds = round(len(samples) / self._runtime.sample_rate, 3)
                 record = VoiceRecord(name, text, consent, digest, seconds, int(time.time()))
-                (building / RECORD).write_text(json.dumps(asdict(record), ensure_ascii=False))
+                (building / RECORD).write_text(json.dumps(asdict(record), ensure_ascii=False), encoding="utf-8")
+                shutil.rmtree(folder / name, ignore_errors=True)  # which holds no voice
                 building.rename(folder / name)
             except BaseException:
                 shutil.rmtree(building, ignore_errors=True)
@@ -109,7 +112,9 @@ class Registry:
         with self._lock:
             if self._record(owner, name) is None:
                 raise _unknown(name)
-            shutil.rmtree(self._place(owner) / name)
+            leaving = Path(tempfile.mkdtemp(prefix=".", dir=self._place(owner)))
+            (self._place(owner) / name).rename(leaving / name)  # at once, or a crash would leave half of it
+            shutil.rmtree(leaving)
             for key in [key for key in self._read if key[:2] == (owner, name)]:
                 del self._read[key]
 
@@ -127,13 +132,21 @@ class Registry:
             raise _unknown(name)
         key = (place, target, record.sha256)
         with self._lock:
-            if key not in self._read:
+            reading = self._reading.setdefault(key, threading.Lock())
+        with reading:  # of this voice alone: encoding takes long
+            with self._lock:
+                voice = self._read.get(key)
+            if voice is None:
                 samples = read_audio(self._place(place) / target / SAMPLE, sample_rate=self._runtime.sample_rate)
-                self._read[key] = self._runtime.voice([Segment(record.text, samples, speaker=0)])
-            self._read.move_to_end(key)
+                voice = self._runtime.voice([Segment(record.text, samples, speaker=0)])
+        with self._lock:
+            self._reading.pop(key, None)
+            if self._record(place, target) == record:  # it was not deleted meanwhile
+                self._read[key] = voice
+                self._read.move_to_end(key)
             while len(self._read) > self._settings.limits.cached_voices:
                 self._read.popitem(last=False)
-            return self._read[key], 0
+        return voice, 0
 
     def _place(self, owner: str) -> Path:
         assert self._folder is not None
@@ -143,7 +156,7 @@ class Registry:
         if NAME.fullmatch(name) is None:
             return None
         try:
-            return VoiceRecord(**json.loads((self._place(owner) / name / RECORD).read_text()))
+            return VoiceRecord(**json.loads((self._place(owner) / name / RECORD).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 

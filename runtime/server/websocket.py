@@ -9,7 +9,7 @@ A context is a conversation: what it has spoken is what its next words follow on
 | `input.text` * | `text` | more of the context's text; it is spoken as soon as a clause is whole |
 | `input.flush` * | | the turn's text is complete: all of it is spoken, and what comes next is a new turn |
 | `input.done` * | | as flush, and the context ends with it |
-| `input.cancel` * | | stop at once and forget the text not yet spoken (barge-in); the context stays, with what was heard |
+| `input.cancel` * | | stop at once and forget the text not yet spoken (barge-in); the context stays, with what was made by then, which may be more than was heard |
 | `session.close` | | end at once |
 
 | from the server | fields | when |
@@ -41,11 +41,10 @@ from fastapi import APIRouter, WebSocket
 
 from aloud.audio import Audio
 from aloud.live import Engine
-from aloud.server.answer import Progress
-from aloud.server.connection import Connection, Door, SocketLimits, refuse
+from aloud.server.connection import Connection, Door, SocketLimits
 from aloud.server.encode import FORMATS, Encoder, Encoders
-from aloud.server.metrics import Metrics
-from aloud.server.problems import Problem, problem_of
+from aloud.server.metrics import Metrics, Progress
+from aloud.server.problems import Problem, problem_of, refuse
 from aloud.server.settings import Settings
 from aloud.server.voices import Registry
 from aloud.server.websocket_messages import (
@@ -271,6 +270,8 @@ class SpeechSocket:
         context = self._contexts.get(context_id)
         if context is None:
             raise Problem(404, "There is no such context: nothing was said in it.", "context_not_found", "context_id")
+        if context.is_ending and self._engine.is_draining:
+            return  # the server has ended it already
         self._check_takes_text(context)
         self._contexts.move_to_end(context.id)
         context.open_turn(self._limits.turns).end(ending)
@@ -367,18 +368,9 @@ class SpeechSocket:
             return "error"
         finally:
             self._metrics.speaking -= 1
-            self._count(turn.progress, outcome)
-
-    def _count(self, progress: Progress, outcome: str) -> None:
-        metrics, log = self._metrics, self._log
-        metrics.requests.labels(outcome).inc()
-        log["turns"] += 1
-        if progress.first_audio is None:
-            return
-        log["audio_s"] = round(log["audio_s"] + progress.audio_seconds, 2)
-        metrics.first_audio.observe(progress.first_audio - progress.asked)
-        metrics.audio_seconds.inc(progress.audio_seconds)
-        metrics.underrun_seconds.inc(progress.underrun_seconds)
+            counted = self._metrics.count(turn.progress, outcome)
+            self._log["turns"] += 1
+            self._log["audio_s"] = round(self._log["audio_s"] + counted.get("audio_s", 0.0), 2)
 
 
 async def _stop(context: Context) -> None:

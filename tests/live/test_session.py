@@ -20,6 +20,7 @@ from aloud.prompt_block import PromptBlock
 from aloud.request import Prompt
 from aloud.text.csm import Turn, build_prompt, turn_text
 from live.afresh import Transcript, codes_of, never_ending, said_afresh, samples_of
+from live.quick import Held, run
 from oracle import csm as oracle
 from scripted import END, ByteTokenizer, ScriptedModel, prompt_positions, runtime_of, said
 
@@ -557,3 +558,48 @@ def test_a_restored_session_goes_on(made: Made, read_positions: list[int], seed:
     np.testing.assert_array_equal(codes_of(say(other, "Fine.", seed + 1, 6)), codes_of(expected))
     assert read_positions == [sum(map(len, turns)) + len(turn_text(made.runtime.tokenizer, 1, "Fine."))]
     assert same_turns(other.turns, session.turns)
+
+
+def test_who_hears_while_all_slots_are_taken_holds_no_thread_and_is_refused_in_the_end() -> None:
+    held = Held(1)
+    held.talk_for(1000)
+
+    async def job() -> None:
+        async with Engine(held.runtime, max_waiting=20) as engine:
+            async with engine.stream("Much to say.", seed=1, pace="full", max_seconds=60) as speaking:
+                await anext(speaking)
+                hearing = [asyncio.ensure_future(engine.session().hear("Well.")) for _ in range(40)]
+                while len([heard for heard in hearing if heard.done()]) < 20:
+                    await asyncio.sleep(0.001)
+                refused = [heard.exception() for heard in hearing if heard.done()]
+                assert all(isinstance(error, errors.Overloaded) for error in refused)
+                began = time.monotonic()
+                await asyncio.to_thread(lambda: None)  # there are threads left, for everything else that needs one
+                assert time.monotonic() - began < 1
+            results = await asyncio.gather(*hearing, return_exceptions=True)
+            assert sum(result is None for result in results) == 20
+
+    run(job())
+
+
+def test_hearing_that_is_left_leaves_nothing() -> None:
+    held = Held(1)
+    held.talk_for(1000)
+
+    async def job() -> None:
+        async with Engine(held.runtime) as engine:
+            session = engine.session()
+            async with engine.stream("Much to say.", seed=1, pace="full", max_seconds=60) as speaking:
+                await anext(speaking)
+                hearing = asyncio.ensure_future(session.hear("Well."))
+                while not session.is_busy:
+                    await asyncio.sleep(0)
+                hearing.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await hearing
+                assert (session.is_busy, session.stats.turns) == (False, 0)
+            await session.hear("Well.")
+            assert session.stats.turns == 1
+            assert engine.stats().streams_waiting == 0
+
+    run(job())

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from starlette.routing import BaseRoute
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 import aloud.server
 from aloud import Engine
@@ -76,8 +79,8 @@ def test_every_route_but_health_needs_a_key(locked: Running) -> None:
     with locked.client() as client:
         for path, method in found:
             if method == "WEBSOCKET":
-                assert " 403 " in handshake(locked, path)
-                assert " 403 " in handshake(locked, path, "Authorization: Bearer wrong\r\n")
+                assert " 401 " in handshake(locked, path)
+                assert " 401 " in handshake(locked, path, "Authorization: Bearer wrong\r\n")
             elif path.startswith("/health/"):
                 assert client.request(method, path).status_code == 200
             else:
@@ -88,6 +91,30 @@ def test_every_route_but_health_needs_a_key(locked: Running) -> None:
                     if method != "HEAD":
                         assert_problem(answer, 401, "invalid_api_key")
         assert_problem(client.get("/no/such/path"), 401)
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/speech/stream", "/v1/realtime"])
+def test_a_socket_without_a_key_is_told_so(locked: Running, lines: Lines, path: str) -> None:
+    with pytest.raises(InvalidStatus) as refused, connect(f"ws://127.0.0.1:{locked.port}{path}"):
+        pass
+    response = refused.value.response
+    assert json.loads(response.body)["error"]["code"] == "invalid_api_key"
+    line = lines.request()
+    assert (line["status"], line["request_id"]) == (401, response.headers["x-request-id"])
+
+
+@pytest.mark.parametrize("prefix", ["/tts", "/health", "/health/deep"])
+def test_wherever_it_is_mounted_the_same_is_open(engine: Engine, prefix: str) -> None:
+    whole, settings = FastAPI(), Settings(model="small", keys=KEYS)
+    whole.state.metrics = (made := create_app(engine, settings)).state.metrics
+    whole.mount(prefix, made)
+    with serving(engine, settings, whole) as running, running.client() as client:
+        assert client.get(f"{prefix}/health/live").status_code == 200
+        assert_problem(client.get(f"{prefix}/v1/audio/voices"), 401)
+        assert_problem(client.get(f"{prefix}/metrics"), 401)
+    with serving(engine, settings, whole) as running, running.client(KEYS[0]) as client:
+        assert client.get(f"{prefix}/v1/models").status_code == 200
+        assert client.put(f"{prefix}/v1/models").headers["allow"] == "GET"
 
 
 @pytest.mark.parametrize("path", ["//metrics", "/health/../metrics", "/health/%2e%2e/metrics", "/healthmetrics"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import httpx
@@ -77,6 +78,38 @@ def test_numbers_that_are_none(server: Running, name: str, value: str) -> None:
     with server.client() as client:
         headers = {"content-type": "application/json"}
         assert_problem(client.post("/v1/audio/speech", content=content, headers=headers), 400)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"input": "a", "context": [' + b"{}," * 300_000 + b"{}]}", 413),
+        (b'{"input": "a", "context": [' + b"{}," * 90_000 + b"{}]}", 400),
+        (b'{"input": "a"' + b"".join(b', "k%d": 1' % number for number in range(90_000)) + b"}", 400),
+        (b'{"input": "a", "context": [{"text": "a"' + b', "b": 1' * 90_000 + b"}]}", 400),
+        (b"[" * 150_000, 400),
+    ],
+    ids=["items without end", "many items", "many fields", "many fields of an item", "depth"],
+)
+def test_what_is_small_as_bytes_is_not_large_as_objects(server: Running, body: bytes, status: int) -> None:
+    """Each of these took seconds of everybody's time, or hundreds of megabytes, or would have."""
+    with server.client() as client:
+        began = time.process_time()
+        answer = client.post("/v1/audio/speech", content=body, headers={"content-type": "application/json"})
+        assert_problem(answer, status)
+        assert time.process_time() - began < 1.0
+        assert len(answer.content) < 500
+
+
+def test_a_session_of_many_turns_is_restored_at_once(server: Running) -> None:
+    turns = [{"text_tokens": [1], "codes": []}] * 30_000
+    with server.client() as client:
+        began = time.process_time()
+        stats = client.put("/v1/sessions/many", json={"version": 1, "voice": "alloy", "turns": turns})
+        assert stats.status_code == 200, stats.text
+        assert stats.json()["positions"] <= server.engine.runtime.max_positions
+        assert time.process_time() - began < 3.0
+        client.delete("/v1/sessions/many")
 
 
 def test_a_wrong_content_type(server: Running) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -129,18 +133,85 @@ def test_the_bound_is_on_both_together(pair: tuple[httpx.Client, httpx.Client]) 
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"version": 1}', "[" * 100_000], ids=lambda text: text[:9])
-def test_a_file_that_is_none_is_as_no_session(
-    pair: tuple[httpx.Client, httpx.Client], folder: Path, expected: list[bytes], lines: Lines, content: str
+def test_a_file_that_cannot_be_read_is_not_written_over(
+    pair: tuple[httpx.Client, httpx.Client], folder: Path, expected: list[bytes], content: str
 ) -> None:
     (folder / OWNER).mkdir(parents=True)
     (folder / OWNER / "talk.json").write_text(content)
-    missing = pair[0].get("/v1/sessions/talk")
-    assert_problem(missing, 404, "session_not_found")
+    assert_problem(pair[0].get("/v1/sessions/talk"), 409, "session_unreadable")
+    assert_problem(pair[0].post("/v1/audio/speech", json=asked(session_id="talk")), 409, "session_unreadable")
+    assert (folder / OWNER / "talk.json").read_text() == content
+    assert pair[1].delete("/v1/sessions/talk").status_code == 204
     assert say(pair[0], "talk", TURNS[0]) == expected[0]
-    assert len(lines.errors) == 2
-    written = [json.loads(line) for line in lines.errors]
-    assert {line["fault"] for line in written} == {"SessionUnreadable"}
-    assert written[0]["request_id"] == missing.headers["x-request-id"] != written[1]["request_id"]
+
+
+def test_a_disk_that_fails_is_no_session_that_is_not_there(
+    pair: tuple[httpx.Client, httpx.Client],
+    folder: Path,
+    expected: list[bytes],
+    lines: Lines,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    say(pair[0], "talk", TURNS[0])
+    kept = (folder / OWNER / "talk.json").read_bytes()
+    stat_of = Path.stat
+
+    def failing(path: Path, **given: Any) -> os.stat_result:
+        if path.name == "talk.json":
+            raise OSError(24, "Too many open files")
+        return stat_of(path, **given)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "stat", failing)
+        answers = [client.post("/v1/audio/speech", json=asked(session_id="talk")) for client in pair]
+    # The other has nothing to compare a file with: it reads it, and may.
+    assert_problem(answers[0], 503, "sessions_unavailable")
+    assert answers[0].headers["retry-after"] == "5"
+    written = json.loads(lines.errors[0])
+    assert (written["fault"], written["request_id"]) == ("OSError", answers[0].headers["x-request-id"])
+    (folder / OWNER / "talk.json").write_bytes(kept)
+    assert say(pair[0], "talk", TURNS[1]) == expected[1]
+
+
+def test_a_session_that_speaks_is_not_forgotten(engine: Engine, folder: Path) -> None:
+    limits = Limits(session_seconds=0.5, lead_seconds=0.4)
+    with (
+        serving(engine, Settings(model="small", sessions=folder, limits=limits)) as running,
+        running.client() as client,
+    ):
+        body = asked(session_id="long", input=LONG, max_seconds=2)
+        with client.stream("POST", "/v1/audio/speech", json=body) as answer:
+            parts = answer.iter_raw()
+            next(parts)
+            time.sleep(0.7)
+            with running.client() as other:
+                assert_problem(other.post("/v1/audio/speech", json=body), 409, "session_busy")
+            for _ in parts:
+                pass
+        assert len(client.get("/v1/sessions/long").json()["turns"]) == 1
+        assert len(json.loads((folder / OWNER / "long.json").read_text())["turns"]) == 1
+
+
+def test_a_client_that_leaves_in_the_last_moment_loses_nothing(
+    pair: tuple[httpx.Client, httpx.Client], folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, write = threading.Event(), threading.Event(), SessionFiles.write
+
+    def slowly(*given: Any) -> int:
+        begun.set()
+        go_on.wait(10)
+        return write(*given)
+
+    monkeypatch.setattr(SessionFiles, "write", slowly)
+    body = asked(session_id="talk", max_seconds=0.4)
+    with pair[0].stream("POST", "/v1/audio/speech", json=body) as answer:
+        parts = answer.iter_raw()
+        next(parts)
+        assert begun.wait(10)
+    time.sleep(0.1)
+    go_on.set()
+    wait_until((folder / OWNER / "talk.json").exists)
+    assert len(json.loads((folder / OWNER / "talk.json").read_text())["turns"]) == 1
 
 
 def test_what_is_too_old_is_forgotten(folder: Path) -> None:
@@ -152,7 +223,11 @@ def test_what_is_too_old_is_forgotten(folder: Path) -> None:
     wait_until(lambda: files.stamp(OWNER, "old") is None)
     assert files.read(OWNER, "old") is None
     assert files.ids(OWNER) == set()
-    assert list((folder / OWNER).iterdir()) == []
+    (folder / OWNER / ".left-by-a-crash").touch()
+    os.utime(folder / OWNER / ".left-by-a-crash", (1, 1))
+    files.write("somebody", "new", {})
+    files.sweep()
+    assert [path.name for path in folder.glob("*/*")] == ["new.json"]
 
 
 def test_a_write_that_fails_leaves_what_there_was(folder: Path) -> None:

@@ -45,7 +45,9 @@ FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
 def running(engine: Engine) -> Iterator[Running]:
     """A server that tells how many tasks its event loop has."""
     settings = Settings(model="small")
+    others = {id(kept) for kept in gc.get_objects() if type(kept) is Sessions}  # of servers that were here before
     app = create_app(engine, settings)
+    app.state.others = others
 
     @app.get("/tasks")
     async def tasks() -> int:
@@ -183,7 +185,7 @@ def tables(running: Running) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     for kept in objects:
         kind = type(kept)  # and not `isinstance`, which asks objects that warn of it
-        if kind is Sessions:
+        if kind is Sessions and id(kept) not in running.app.state.others:
             sizes["sessions"] += len(kept._kept)
         elif kind is Registry and kept._runtime is running.engine.runtime:
             sizes["voices"] += len(kept._read) + len(list(kept._folder.rglob("*")))

@@ -325,8 +325,8 @@ def _opens(connect: Callable[[str], Any], key: str) -> bool:
 def test_who_may_not_come_in(serve: Callable[..., Any], path: str) -> None:
     with serve(settings=Settings("small", keys=("one",))) as served:
         for headers, status in (
-            ({}, 403),
-            ({"authorization": "Bearer other"}, 403),
+            ({}, 401),
+            ({"authorization": "Bearer other"}, 401),
             ({"authorization": "Bearer one", "origin": "https://elsewhere.example"}, 403),
         ):
             with pytest.raises(websockets.exceptions.InvalidStatus) as refused:

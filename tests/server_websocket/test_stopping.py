@@ -117,6 +117,20 @@ def test_text_that_comes_later_is_refused(quick: Quick, gate: threading.Event) -
         assert closed(client)[0] == closed(realtime)[0] == 1012
 
 
+@pytest.mark.parametrize("ending", ["input.done", "input.flush"])
+def test_the_end_that_a_client_says_itself_is_no_error(quick: Quick, gate: threading.Event, ending: str) -> None:
+    with socket(quick) as client:
+        client.send("input.text", text=OPEN)
+        begun(quick, 1)
+        stop(quick)
+        client.send(ending)
+        client.send("session.config")  # is answered behind it
+        assert client.receive()["type"] == "session.configured"
+        gate.set()
+        assert len(audio(client.until("audio.done"))) == 2 * 5 * FRAME * 2
+        assert closed(client)[0] == 1012
+
+
 def test_a_cancelled_context_says_nothing_more(quick: Quick, gate: threading.Event) -> None:
     with socket(quick) as client, socket(quick, "/v1/realtime") as realtime:
         client.send("input.text", text=OPEN)
