@@ -74,6 +74,8 @@ def serving(engine: Engine, settings: Settings | None = None, app: Any = None) -
         log_config=None,
         timeout_graceful_shutdown=2,
         server_header=False,
+        ws_ping_interval=120,  # clients of a busy machine take long to answer
+        ws_ping_timeout=120,
         h11_max_incomplete_event_size=65_536,
     )
     server = Server(config, 10.0, settings.limits)

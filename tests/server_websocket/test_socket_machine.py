@@ -293,7 +293,9 @@ def entered(quick: Quick, path: str) -> Client:
         small.connect(("127.0.0.1", quick.running.port))
         uri = f"ws://127.0.0.1:{quick.running.port}{path}"
         try:
-            return Client(connect(uri, sock=small, max_size=None, max_queue=2, compression=None, close_timeout=0.2))
+            given = {"max_size": None, "max_queue": 2, "compression": None, "close_timeout": 0.2}
+            # Who does not read hears no pings either, for longer than they are waited for where the machine is busy.
+            return Client(connect(uri, sock=small, ping_interval=None, **given))
         except websockets.exceptions.InvalidStatus as refused:
             if refused.response.status_code != 429 or time.monotonic() > end:
                 raise
