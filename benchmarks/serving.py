@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections import deque
@@ -105,7 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Measure and print tables; the last line is one JSON document."""
-    if min(parsed.streams, default=1) < 1 or min(parsed.rates, default=1) <= 0 or parsed.seconds <= 0:
+    numbers = [*parsed.rates, parsed.seconds]
+    if min(parsed.streams, default=1) < 1 or not all(number > 0 and math.isfinite(number) for number in numbers):
         print("The suite serving needs 1 stream or more, rates and seconds above 0.", file=sys.stderr)
         return 1
     if parsed.context < 2:

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from aloud.server.gate import EVERYBODY
+
+BUILDING = ".session-"
+"""What the name of a file begins with that is being written."""
+OWN = re.compile(rf"({EVERYBODY}|[0-9a-f]{{16}})/({re.escape(BUILDING)}.*|[A-Za-z0-9_-]{{1,64}}\.json)")
+"""The files that are written here."""
 
 
 class SessionFiles:
@@ -50,7 +58,7 @@ class SessionFiles:
         """Put a session in place of what there is of it, at once and whole -> its stamp."""
         path = self._path(owner, session_id)
         path.parent.mkdir(parents=True, exist_ok=True)
-        number, building = tempfile.mkstemp(prefix=".", dir=path.parent)  # for nobody else's eyes
+        number, building = tempfile.mkstemp(prefix=BUILDING, dir=path.parent)  # for nobody else's eyes
         try:
             with os.fdopen(number, "w", encoding="utf-8") as file:
                 json.dump(content, file, separators=(",", ":"))
@@ -71,8 +79,13 @@ class SessionFiles:
         return {path.stem for path in (self._folder / owner).glob("*.json") if self.stamp(owner, path.stem) is not None}
 
     def sweep(self) -> None:
-        """Delete what is too old, of all owners: sessions, and what was left of a write that did not end."""
+        """Delete what is too old, of all owners: sessions, and what was left of a write that did not end.
+
+        Whatever else there is in the folder stays.
+        """
         for path in self._folder.glob("*/*"):
+            if OWN.fullmatch(f"{path.parent.name}/{path.name}") is None:
+                continue
             with suppress(FileNotFoundError):  # another process sweeps, too
                 if not self._is_fresh(path.stat().st_mtime_ns):
                     path.unlink()

@@ -86,7 +86,7 @@ class Registry:
             raise Problem(409, f"{name!r} is a name that stands for another voice. Choose another.", "name_taken")
         with self._lock:
             folder = self._place(owner)
-            if self._record(owner, name) is not None:
+            if (folder / name).exists():
                 raise Problem(409, f"There is a voice {name!r} already. Delete it first.", "name_taken")
             others = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
             if len(others) >= self._settings.limits.voices:
@@ -99,7 +99,6 @@ class Registry:
                 seconds = round(len(samples) / self._runtime.sample_rate, 3)
                 record = VoiceRecord(name, text, consent, digest, seconds, int(time.time()))
                 (building / RECORD).write_text(json.dumps(asdict(record), ensure_ascii=False), encoding="utf-8")
-                shutil.rmtree(folder / name, ignore_errors=True)  # which holds no voice
                 building.rename(folder / name)
             except BaseException:
                 shutil.rmtree(building, ignore_errors=True)
@@ -110,7 +109,7 @@ class Registry:
         """Forget a voice of an owner's."""
         check_name(name)
         with self._lock:
-            if self._record(owner, name) is None:
+            if not (self._place(owner) / name).is_dir():
                 raise _unknown(name)
             leaving = Path(tempfile.mkdtemp(prefix=".", dir=self._place(owner)))
             (self._place(owner) / name).rename(leaving / name)  # at once, or a crash would leave half of it

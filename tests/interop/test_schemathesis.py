@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 
 from aloud import Engine
 from aloud.server.settings import Settings
-from server.running import Lines, Running, is_idle, serving, wait_until
+from server.running import Lines, Running, is_idle, logged, serving, wait_until
 
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("schemathesis")
@@ -41,13 +40,8 @@ def locked(engine: Engine) -> Iterator[Running]:
 @pytest.fixture
 def lines() -> Iterator[Lines]:
     """What is logged during a test."""
-    lines, root = Lines(), logging.getLogger()
-    level = root.level
-    root.addHandler(lines)
-    root.setLevel(logging.INFO)
-    yield lines
-    root.removeHandler(lines)
-    root.setLevel(level)
+    with logged() as lines:
+        yield lines
 
 
 def run(running: Running, seed: int, folder: Path) -> str:

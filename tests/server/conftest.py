@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import pytest
 
 from aloud import Engine, Runtime
 from aloud.checkpoint.random import write_random
-from server.running import Lines, Running, is_idle, serving, wait_until
+from server.running import Lines, Running, is_idle, logged, serving, wait_until
 
 
 @pytest.fixture(scope="package")
@@ -39,10 +38,5 @@ def nothing_left(engine: Engine) -> Iterator[None]:
 @pytest.fixture
 def lines() -> Iterator[Lines]:
     """What is logged during a test."""
-    lines, root = Lines(), logging.getLogger()
-    level = root.level
-    root.addHandler(lines)
-    root.setLevel(logging.INFO)
-    yield lines
-    root.removeHandler(lines)
-    root.setLevel(level)
+    with logged() as lines:
+        yield lines

@@ -200,3 +200,17 @@ class Lines(logging.Handler):
         """The gate's last line, which is written when the answer is over."""
         wait_until(lambda: bool(self.requests))
         return self.requests[-1]
+
+
+@contextmanager
+def logged() -> Iterator[Lines]:
+    """What is logged until the block ends."""
+    lines, root = Lines(), logging.getLogger()
+    level = root.level
+    root.addHandler(lines)
+    root.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        root.removeHandler(lines)
+        root.setLevel(level)

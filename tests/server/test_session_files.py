@@ -223,11 +223,16 @@ def test_what_is_too_old_is_forgotten(folder: Path) -> None:
     wait_until(lambda: files.stamp(OWNER, "old") is None)
     assert files.read(OWNER, "old") is None
     assert files.ids(OWNER) == set()
-    (folder / OWNER / ".left-by-a-crash").touch()
-    os.utime(folder / OWNER / ".left-by-a-crash", (1, 1))
-    files.write("somebody", "new", {})
+    key = "0123456789abcdef"
+    strangers = ("photos/old.json", f"{OWNER}/notes.txt", f"{key}/.hidden", "notes.json")
+    for name in (f"{OWNER}/.session-left-by-a-crash", f"{key}/older.json", *strangers):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+        os.utime(folder / name, (1, 1))
+    files.write(key, "new", {})
     files.sweep()
-    assert [path.name for path in folder.glob("*/*")] == ["new.json"]
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert left == {f"{key}/new.json", *strangers}
 
 
 def test_a_write_that_fails_leaves_what_there_was(folder: Path) -> None:

@@ -86,6 +86,18 @@ def test_a_voice_is_kept_and_speaks(kept: Running, folder: Path, seed: int) -> N
         assert_problem(client.delete("/v1/audio/voices/mine"), 404)
 
 
+def test_a_voice_whose_record_cannot_be_read_is_not_lost(kept: Running, folder: Path, seed: int) -> None:
+    sample = wav(speech_like(0.5, seed))
+    with kept.client("one") as client:
+        add(client, "mine", sample)
+        (owner,) = folder.iterdir()
+        (owner / "mine" / "voice.json").write_text("{")
+        assert_problem(add(client, "mine", sample), 409, "name_taken")
+        assert (owner / "mine" / "sample.wav").exists()
+        assert client.delete("/v1/audio/voices/mine").status_code == 200
+        assert add(client, "mine", sample).status_code == 201
+
+
 def test_an_alias_is_another_name_of_a_voice(engine: Engine, folder: Path, seed: int) -> None:
     settings = Settings(model="small", voices=folder, aliases={"alloy": "mine", "nova": 3, "echo": "nobody"})
     with serving(engine, settings) as running, running.client() as client:
