@@ -97,6 +97,13 @@ class NullSteps:
     def paste_prefix(self, slot: int, prefix: torch.Tensor) -> None:
         """See `Steps.paste_prefix`."""
 
+    def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+        """See `Steps.copy_stream`."""
+        return ()
+
+    def paste_stream(self, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
+        """See `Steps.paste_stream`."""
+
     def launch(self, slots: np.ndarray) -> Launched:
         """See `Steps.launch`."""
         rows = len(slots)

@@ -141,6 +141,14 @@ class TimedSteps:
         """See `Steps.paste_prefix`."""
         self._steps.paste_prefix(slot, prefix)
 
+    def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+        """See `Steps.copy_stream`."""
+        return self._steps.copy_stream(slot, positions)
+
+    def paste_stream(self, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
+        """See `Steps.paste_stream`."""
+        self._steps.paste_stream(slot, stream)
+
     def launch(self, slots: np.ndarray) -> Launched:
         """See `Steps.launch`."""
         begin = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,17 +19,24 @@ class Conversation:
 
     So do turns that were pinned, which give a voice, too.
 
-    dropped_turns, rebuilds: how many turns were dropped, and how often the rest had to be read again for it.
+    dropped_turns: how many. rebuilds: how often the rest had to be read again, for that or by `forget_read`.
     """
 
-    def __init__(self, config: CsmConfig, voice: Voice | None, max_positions: int) -> None:
-        """Of nothing but a voice, for slots of `max_positions`."""
+    def __init__(
+        self,
+        config: CsmConfig,
+        voice: Voice | None,
+        max_positions: int,
+        when_read: Callable[[Conversation], None] = lambda _: None,
+    ) -> None:
+        """Of nothing but a voice, for slots of `max_positions`. `when_read` is told when more of it has been cached."""
         self._config = config
         self._voice = None if voice is None else voice.prefix
         self._cached = self._voice
         self._turns: list[Prompt] = []
         self._pinned = 0  # turns at the beginning
         self._max_positions = max_positions
+        self._when_read = when_read
         self.dropped_turns = 0
         self.rebuilds = 0
 
@@ -44,9 +51,10 @@ class Conversation:
         return _positions(self._cached)
 
     @property
-    def cached(self) -> Prefix | None:
-        """What has been read of them."""
-        return self._cached
+    def cached_bytes(self) -> int:
+        """Bytes that it keeps on the device for them; the voice is not its own."""
+        cached = self._cached
+        return 0 if cached is None or cached is self._voice else cached.cache.nbytes
 
     @property
     def free_positions(self) -> int:
@@ -78,16 +86,23 @@ class Conversation:
         audio = build_prompt(self._config, [Turn([], codes)])
         self._turns.append(join([text, audio]))
         if read is not None:
-            self._cached = read
+            self.has_read(read)
 
     def has_read(self, read: Prefix) -> None:
-        """The voice and the turns up to now have been read."""
+        """The voice and the turns up to now have been read, but for what may follow the prefix."""
         self._cached = read
+        self._when_read(self)
 
-    def unread(self) -> Prompt | None:
-        """The positions of turns behind the cached prefix."""
-        prompt = join(self._turns)[self.cached_positions - _positions(self._voice) :] if self._turns else None
-        return prompt if prompt is not None and len(prompt) else None
+    def forget_read(self) -> None:
+        """Keep nothing on the device but the voice, which is not its own; at any time, from any thread."""
+        self._cached = self._voice
+        self.rebuilds += 1
+
+    def to_read(self) -> tuple[Prefix | None, Prompt | None]:
+        """The cached prefix, and the positions of turns behind it, if there are any."""
+        cached = self._cached  # once: another thread may let it go
+        prompt = join(self._turns)[_positions(cached) - _positions(self._voice) :] if self._turns else None
+        return cached, prompt if prompt is not None and len(prompt) else None
 
     def prompt_for(self, text: Prompt, frames: int) -> tuple[Prefix | None, Prompt]:
         """What to begin behind, and what to read before speaking a text of up to `frames` frames.
@@ -103,8 +118,8 @@ class Conversation:
         room = self._max_positions + 1 - len(text)  # the last frame is never read back
         wanted = min(frames, room - self._kept_positions)
         self._drop_until(room - wanted)
-        unread = self.unread()
-        return self._cached, text if unread is None else join([unread, text])
+        cached, unread = self.to_read()
+        return cached, text if unread is None else join([unread, text])
 
     def make_room(self) -> None:
         """Drop the oldest turns until the rest fits."""
@@ -130,8 +145,7 @@ class Conversation:
         self.dropped_turns += first - self._pinned
         del self._turns[self._pinned : first]
         if self._cached is not self._voice:
-            self._cached = self._voice
-            self.rebuilds += 1
+            self.forget_read()
 
     @property
     def _kept_positions(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, TypeAlias
 
+from aloud import memory
 from aloud.api import Runtime
 from aloud.arrivals import Arrivals
 from aloud.audio import Audio
@@ -32,6 +33,7 @@ from aloud.prepare import (
 )
 from aloud.request import Guards, Request, Segment
 from aloud.session import Session
+from aloud.session_caches import SessionCaches
 from aloud.speech import joined
 from aloud.utterance import Manner, Utterance
 from aloud.voice import Voice
@@ -40,6 +42,8 @@ Pace: TypeAlias = Literal["realtime", "full"]
 LEAD_SECONDS = 0.4
 """How far a stream runs ahead of being played: what a network and a player may be late."""
 MAX_WAITING = 64
+SESSION_BYTES = 2 * 1024**3
+"""What counts as free where the system does not say what is."""
 FAILED_STEPS = 3
 """So many steps that fail one after the other are no accident."""
 
@@ -57,6 +61,9 @@ class EngineStats:
     cancelled: int
     failed: int
     prefix_hits: int  # streams that began behind a cached voice or session
+    session_bytes: int  # that sessions keep read on the device
+    sessions_evicted: int  # times that one lost what it had read, for others
+    suspensions: int  # times that a stream of full pace gave its slot to one of real time, and waited for another
     prefill_positions: int  # positions of prompts that were read
     frames: int
     frames_per_second: float  # over the last 10 s
@@ -77,10 +84,19 @@ class Engine:
     Use it as a context manager, `with` or `async with`, or `close` it. Several event loops and threads may share one.
     """
 
-    def __init__(self, runtime: Runtime, *, max_waiting: int = MAX_WAITING, stuck_after_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        max_waiting: int = MAX_WAITING,
+        session_bytes: int | None = None,
+        stuck_after_seconds: float = 60.0,
+    ) -> None:
         """Allocate, compile and capture what the runtime has not yet, and start the thread.
 
         max_waiting: requests that may wait for a slot; more are refused with `Overloaded`.
+        session_bytes: what sessions may keep read on the device, by default half of what is free there now. Where it is
+            not enough, the session that spoke longest ago reads its turns again.
         stuck_after_seconds: a step that takes longer is taken for a device that does not answer, and those who wait
             are told so.
         """
@@ -88,6 +104,8 @@ class Engine:
             raise RequestError(f"max_waiting must be a whole number, 0 or more, got {max_waiting!r}.")
         if not _is_seconds(stuck_after_seconds) or not 0 < stuck_after_seconds <= 86_400:
             raise RequestError(f"stuck_after_seconds must be above 0 and at most 86,400, got {stuck_after_seconds!r}.")
+        if session_bytes is not None and (type(session_bytes) is not int or session_bytes < 0):
+            raise RequestError(f"session_bytes must be a whole number, 0 or more, got {session_bytes!r}.")
         if runtime.loop.is_run:
             raise RequestError("The runtime has an engine already. Use that one, or close it first.")
         runtime.warm()
@@ -100,6 +118,9 @@ class Engine:
         self._lock = threading.Lock()
         self._is_draining = False
         self._rates = _Rate()
+        if session_bytes is None:
+            session_bytes = (memory.free_bytes(runtime.model.device) or SESSION_BYTES) // 2
+        self._caches = SessionCaches(session_bytes)
         self._stop = threading.Event()
         self.loop.listen(self._after_step)
         self._thread = threading.Thread(target=self._run, name="aloud-engine", daemon=True)
@@ -127,7 +148,8 @@ class Engine:
         text: of any length, or its parts as they come, from an iterator or an async iterator. It is cut into sentences,
             the first at its first clause, and each is spoken behind those before it.
         pace: "realtime" keeps `lead_seconds` (default 0.4) ahead of being played, then lets others run; "full" is as
-            fast as can be, with what real-time streams leave.
+            fast as can be, with what real-time streams leave: where all slots are taken, it waits while one of those
+            has its own, and goes on later.
 
         The other arguments are those of `Runtime.speak`. What is wrong with them is raised here; `Overloaded`, and
         whatever goes wrong later, by the iteration.
@@ -236,7 +258,7 @@ class Engine:
         )
         check_manner(manner)
         check_voice(self.runtime.model, voice)
-        return Session(self, manner, self._conversation(manner))
+        return Session(self, manner, self._conversation(manner, self._caches.keep))
 
     def stats(self) -> EngineStats:
         """What it does now and has done."""
@@ -252,6 +274,9 @@ class Engine:
             cancelled=counts.cancelled,
             failed=counts.failed,
             prefix_hits=counts.with_prefix,
+            session_bytes=self._caches.used_bytes,
+            sessions_evicted=self._caches.evicted,
+            suspensions=counts.suspended,
             prefill_positions=counts.read_positions,
             frames=lateness.frames,
             frames_per_second=self._rates.per_second(),
@@ -397,9 +422,11 @@ class Engine:
         """All chunks of a speech as one, without its silent tail."""
         return joined(self.runtime.config.codec, chunks, speech.guards, speech.finish_reason)
 
-    def _conversation(self, request: Request) -> Conversation:
+    def _conversation(
+        self, request: Request, when_read: Callable[[Conversation], None] = lambda _: None
+    ) -> Conversation:
         runtime = self.runtime
-        conversation = Conversation(runtime.config, request.voice, runtime.max_positions)
+        conversation = Conversation(runtime.config, request.voice, runtime.max_positions, when_read)
         if request.context:
             left = conversation.free_positions
             for turn in read_turns(runtime.model, runtime.tokenizer, request.context, max_positions=left):

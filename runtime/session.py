@@ -29,7 +29,7 @@ class SessionStats:
     cached_positions: int  # of those, the ones that the next turn need not read
     turns: int
     dropped_turns: int  # the oldest, dropped so that the rest fits
-    rebuilds: int  # how often the rest was read again for it
+    rebuilds: int  # how often all but the voice had to be read again: for that, or to make room for other sessions
 
 
 class Session:
@@ -156,7 +156,7 @@ class Session:
         conversation.add(turn)
         try:
             conversation.make_room()
-            unread = conversation.unread()
+            cached, unread = conversation.to_read()
             if unread is None:
                 yield None
                 return
@@ -167,7 +167,7 @@ class Session:
                 max_frames=0,
                 guards=Guards.off(),
                 text_limit_frames=None,
-                prefix=conversation.cached,
+                prefix=cached,
                 keeps_cache=True,
             )
             stream = self._engine.submit(job)
@@ -177,9 +177,10 @@ class Session:
                 self._engine.loop.cancel(stream)
             if stream.error is not None:
                 raise stream.error
-            if stream.prefix is None:
+            if stream.finish_reason == "cancelled":
                 raise EngineClosed("The engine was closed while it listened. Make a new one.")
-            conversation.has_read(stream.prefix)
+            if stream.prefix is not None:  # else there was no memory to keep it, and the next turn reads it
+                conversation.has_read(stream.prefix)
         except BaseException:  # who hears it again shall not have it twice
             conversation.take_back()
             raise

@@ -73,6 +73,7 @@ class ScriptedModel:
     ticks: list[list[int]] = field(default_factory=list)  # the slots of every call of draw()
     states: list[State] = field(default_factory=list)  # of every call of allocate()
     started: list[Slot] = field(default_factory=list)  # every stream, in order
+    copied: list[Slot] = field(default_factory=list)  # of every call of copy_stream()
 
     device = torch.device("cpu")
     config = CONFIG
@@ -111,6 +112,16 @@ class ScriptedModel:
         stream = state.slots[slot]
         assert stream is not None
         stream.read = dict(enumerate(prefix.tolist()))
+
+    def copy_stream(self, state: State, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+        stream = state.slots[slot]
+        assert stream is not None
+        assert positions == stream.prompt_positions + max(0, stream.frames - 1), "not all that has been read"
+        self.copied.append(stream)
+        return (torch.tensor(len(self.copied) - 1),)
+
+    def paste_stream(self, state: State, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
+        state.slots[slot] = self.copied[int(stream[0])]
 
     def draw(self, state: State, slots: torch.Tensor) -> torch.Tensor:
         self.ticks.append(slots.tolist())

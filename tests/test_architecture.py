@@ -23,7 +23,7 @@ FLOORS: list[list[str]] = [
     ["aloud.live"],
     ["aloud.api", "aloud.session"],
     ["aloud.live_speech"],
-    ["aloud.arrivals", "aloud.utterance"],
+    ["aloud.arrivals", "aloud.utterance", "aloud.session_caches"],
     ["aloud.conversation"],
     ["aloud.speech", "aloud.prepare"],
     ["aloud.voice"],

@@ -32,6 +32,7 @@ __all__ = [
     "downsample_sizes",
     "encode",
     "encode_chunk",
+    "of_slot",
     "reset",
     "upsample_sizes",
 ]
@@ -134,11 +135,15 @@ def reset(state: MimiState, slot: int) -> None:
         state: of either side, changed in place.
         slot: the slot; a number and not a tensor, so that nothing has to be copied to the device first.
     """
-    state.positions[slot] = 0
     # Zeros, not only a counter: what attention masks out still meets a weight of 0, and 0 * NaN is NaN.
-    state.ring[:, :, slot].zero_()
-    for carried in (state.resample, *state.seanet.leaves()):
-        carried[slot].zero_()
+    for carried in of_slot(state, slot):
+        carried.zero_()
+
+
+def of_slot(state: MimiState, slot: int) -> tuple[Tensor, ...]:
+    """Views of everything that a slot's stream carries from chunk to chunk."""
+    carried = (state.resample, *state.seanet.leaves())
+    return (state.positions[slot], state.ring[:, :, slot], *(tensor[slot] for tensor in carried))
 
 
 def encode_chunk(

@@ -178,6 +178,20 @@ class GraphSteps(Generic[State]):
             self._model.paste_prefix(self._slots.state, slot, prefix)
 
     @torch.no_grad()
+    def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+        """See `Steps.copy_stream`."""
+        with torch.cuda.stream(self._main):
+            self._main.wait_event(self._decoded)  # it writes the codec's part
+            return self._model.copy_stream(self._slots.state, slot, positions)
+
+    @torch.no_grad()
+    def paste_stream(self, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
+        """See `Steps.paste_stream`."""
+        with torch.cuda.stream(self._main):
+            self._main.wait_event(self._decoded)  # it may still write the state of the slot's last stream
+            self._model.paste_stream(self._slots.state, slot, stream)
+
+    @torch.no_grad()
     def launch(self, slots: np.ndarray) -> Launched:
         """See `Steps.launch`."""
         rows = len(slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -36,6 +37,16 @@ NEVER = 2**62
 NO_CODE = -2
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What has been seen of one stream."""
+
+    silence_power: float
+    counts: np.ndarray  # int64 [3]
+    limits: np.ndarray  # int64 [3]
+    last: np.ndarray | None  # int64 [codebooks]
+
+
 class Watches:
     """The guards of all slots: they see every frame and say which streams to stop."""
 
@@ -56,6 +67,18 @@ class Watches:
         self._counts[:, slot] = 0
         if self._last is not None:
             self._last[slot] = NO_CODE
+
+    def copy(self, slot: int) -> Watch:
+        """What has been seen of a slot's stream."""
+        last = None if self._last is None else self._last[slot].copy()
+        return Watch(float(self._silence_power[slot]), self._counts[:, slot].copy(), self._limits[:, slot].copy(), last)
+
+    def paste(self, slot: int, watch: Watch) -> None:
+        """Go on watching a stream, now in this slot."""
+        self._silence_power[slot] = watch.silence_power
+        self._counts[:, slot], self._limits[:, slot] = watch.counts, watch.limits
+        if self._last is not None:
+            self._last[slot] = NO_CODE if watch.last is None else watch.last
 
     def see(self, slots: np.ndarray, codes: np.ndarray, power: np.ndarray) -> np.ndarray:
         """Take in a frame of each stream in slots int64 [rows]: codes int64 [rows, codebooks], power float32 [rows].

@@ -18,7 +18,8 @@ from aloud.engine.driven import Driven
 from aloud.engine.guards import REASONS, Watches
 from aloud.engine.scheduler import Scheduler, SchedulerConfig
 from aloud.engine.steps import HostFrame, Launched, Reading, Steps
-from aloud.engine.stream import BUFFERED_FRAMES, Job, Prefix, Spoken, Stream
+from aloud.engine.stream import BUFFERED_FRAMES, Job, Prefix, Spoken, Stream, Suspended
+from aloud.engine.waiting import WaitingLine
 from aloud.errors import AloudError, LogitsNotFinite, OutOfMemory, Overloaded, StepFailed
 from aloud.prompt_block import Piece
 
@@ -44,6 +45,7 @@ class Counts:
     cancelled: int = 0
     failed: int = 0
     with_prefix: int = 0  # of those that got a slot: began behind a cached prefix
+    suspended: int = 0  # times that a stream gave its slot to one that plays in real time
     steps: int = 0
     rows: int = 0
     read_positions: int = 0  # of prompts, by prefill
@@ -82,11 +84,11 @@ class Loop(Driven):
         self._streams: list[Stream | None] = [None] * slots
         self._free = deque(range(slots))
         self._inbox: deque[Stream] = deque()  # new ones and cancelled ones; appending needs no lock
-        # For a slot: what goes on with something that plays, what is to be played, what is not; each in its order.
-        self._waiting_by_rank: tuple[deque[Stream], ...] = (deque(), deque(), deque())
+        self._waiting = WaitingLine()  # for a slot
         self.failed_in_a_row = 0  # steps, since the last one that did not fail
         self._reading: deque[Stream] = deque()  # whose prompts are not yet read
         self._held: list[Stream] = []  # that wait for their frames to be taken
+        self._giving: list[Stream] = []  # that give their slots away, once none of their frames is in flight
         self._passes: deque[tuple[int, Reading]] = deque()  # positions of prefill passes that were not yet timed
         self._in_flight: deque[_InFlight] = deque()
 
@@ -115,7 +117,7 @@ class Loop(Driven):
             with self._drive(wait=True) as driving:
                 if driving:
                     self._take_inbox()
-                    for stream in [*self._all_waiting(), *self._streams]:
+                    for stream in [*self._waiting, *self._streams]:
                         if stream is not None:
                             stream.cancelled = True
                             self._inbox.append(stream)
@@ -168,12 +170,12 @@ class Loop(Driven):
     @property
     def is_idle(self) -> bool:
         """Whether no stream waits or runs."""
-        return not self._inbox and not any(self._waiting_by_rank) and len(self._free) == len(self._streams)
+        return not self._inbox and not self._waiting and len(self._free) == len(self._streams)
 
     @property
     def waiting(self) -> int:
         """Streams that wait for a slot."""
-        return len(self._inbox) + sum(map(len, self._waiting_by_rank))
+        return len(self._inbox) + len(self._waiting)
 
     @property
     def used_slots(self) -> int:
@@ -212,36 +214,32 @@ class Loop(Driven):
                 refusal = self._refusal(stream) if stream.is_refusable else None
                 if refusal is None:
                     self.counts.accepted += 1
-                    self._waiting_by_rank[_rank(stream.job)].append(stream)
+                    self._waiting.add(stream)
                 else:
                     self.counts.refused += 1
                     stream.error = refusal
             elif not stream.is_over:
-                waiting = self._waiting_by_rank[_rank(stream.job)]
-                if stream.slot < 0 and stream in waiting:
-                    waiting.remove(stream)
+                if stream.slot < 0:
+                    self._waiting.remove(stream)
                 self._finish(stream, "cancelled")
 
     def _refusal(self, stream: Stream) -> Overloaded | None:
         """Why a new stream cannot run in time, if it cannot."""
-        waiting = self._all_waiting()
-        refusable = sum(other.is_refusable for other in waiting)
-        without_slot = refusable - max(0, len(self._free) - len(waiting) + refusable)  # others get theirs in this tick
+        without_slot = self._waiting.without_slot(stream, len(self._free))
+        if without_slot >= self.max_waiting and stream.job.lead_seconds is not None:
+            given = [other for other in self._streams if other is not None and (other.gives_slot or _can_give(other))]
+            without_slot = self._waiting.without_slot(stream, len(self._free) + len(given))
         if without_slot >= self.max_waiting:
             return Overloaded(
                 f"{without_slot} requests wait for a stream already. Ask again later.", retry_after_seconds=1.0
             )
-        starting = sum(other.job.lead_seconds is not None for other in (*waiting, *self._reading))
+        starting = self._waiting.realtime + sum(other.job.lead_seconds is not None for other in self._reading)
         after = self.scheduler.retry_after(self._clock(), stream.job.lead_seconds, starting)
         if after is None:
             return None
         return Overloaded(
             f"One more stream would make those that run late. Ask again in {after:.1f} s.", retry_after_seconds=after
         )
-
-    def _all_waiting(self) -> list[Stream]:
-        """Streams that wait for a slot, in the order in which they get one."""
-        return [stream for of_rank in self._waiting_by_rank for stream in of_rank]
 
     def _resume(self) -> None:
         """Let streams go on whose frames have been taken."""
@@ -253,7 +251,7 @@ class Loop(Driven):
                 continue
             if _has_room(stream):
                 stream.held = False
-                if self._to_launch[stream.slot] > 0:
+                if stream.slot >= 0 and self._to_launch[stream.slot] > 0 and not stream.gives_slot:
                     self.scheduler.resume(stream.slot, now)
             else:
                 still_held.append(stream)
@@ -261,11 +259,15 @@ class Loop(Driven):
 
     def _admit(self) -> None:
         """Give slots to streams that wait for one."""
-        while self._free and any(self._waiting_by_rank):
-            stream = next(waiting for waiting in self._waiting_by_rank if waiting).popleft()
+        self._make_room()
+        while self._free and self._waiting:
+            stream = self._waiting.pop()
             job, slot = stream.job, self._free.popleft()
             stream.slot = slot
             self._streams[slot] = stream
+            if stream.suspended is not None:
+                self._go_on(stream, stream.suspended)
+                continue
             self._made[slot] = 0
             self._to_launch[slot] = self._max_frames[slot] = job.max_frames
             self._watches.start(slot, job.guards, job.text_limit_frames)
@@ -278,6 +280,57 @@ class Loop(Driven):
                 self._fail(stream, error)
             else:
                 self._reading.append(stream)
+
+    def _make_room(self) -> None:
+        """Suspend streams of full pace, in whose slots others can play in real time."""
+        wanted = self._waiting.realtime - len(self._free) - len(self._giving)
+        if wanted > 0:
+            able = [stream for stream in self._streams if stream is not None and _can_give(stream)]
+            # Those that wait for their frames to be taken miss nothing; of the others, the youngest have least to copy.
+            able.sort(key=lambda stream: (not stream.held, self._made[stream.slot]))
+            for stream in able[:wanted]:
+                stream.gives_slot = True
+                self.scheduler.hold(stream.slot)
+                self._giving.append(stream)
+        flying = {stream for flight in self._in_flight for stream in flight.streams} if self._giving else set()
+        self._giving = [stream for stream in self._giving if not stream.is_over]
+        for stream in [stream for stream in self._giving if stream not in flying]:
+            self._giving.remove(stream)
+            self._suspend(stream)
+
+    def _suspend(self, stream: Stream) -> None:
+        slot, made = stream.slot, int(self._made[stream.slot])
+        stream.gives_slot = False
+        try:
+            copy = self._steps.copy_stream(slot, stream.job.positions + max(0, made - 1))
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                self._fail(stream, error)
+                return
+            logger.warning("There was no memory to suspend a stream of full pace: real-time ones wait for its slot")
+            stream.keeps_slot = True
+            if not stream.held:
+                self.scheduler.resume(slot, self._clock())
+            return
+        self.counts.suspended += 1
+        stream.suspended = Suspended(copy, made, int(self._to_launch[slot]), self._watches.copy(slot))
+        self._waiting.add(stream)
+        self._release(stream)
+
+    def _go_on(self, stream: Stream, suspended: Suspended) -> None:
+        """Let a stream that was suspended run in the slot that it has now."""
+        slot, stream.suspended = stream.slot, None
+        self._made[slot], self._to_launch[slot] = suspended.made_frames, suspended.frames_to_launch
+        self._max_frames[slot] = stream.job.max_frames
+        self._watches.paste(slot, suspended.watch)
+        try:
+            self._steps.paste_stream(slot, suspended.copy)
+        except Exception as error:
+            self._fail(stream, error)
+            return
+        self.scheduler.start(slot, self._clock(), stream.job.lead_seconds, was_suspended=True)
+        if stream.held:
+            self.scheduler.hold(slot)
 
     def _prefill(self) -> bool:
         """Read prompts for as long as no running stream becomes late -> whether there were any."""
@@ -442,8 +495,10 @@ class Loop(Driven):
             try:
                 stream.prefix = Prefix(read, self._steps.copy_prefix(stream.slot, read))
             except Exception as error:
-                self._fail(stream, error)
-                return
+                if not memory.is_out_of_memory(error):
+                    self._fail(stream, error)
+                    return
+                logger.warning("There was no memory to keep what a stream has read: it will be read again")
         if reason == "cancelled":
             self.counts.cancelled += 1
         else:
@@ -458,7 +513,9 @@ class Loop(Driven):
             self._release(stream)
 
     def _release(self, stream: Stream) -> None:
-        """Free the slot of a stream that is over."""
+        """Free the slot of a stream that is over or suspended."""
+        if stream.is_over:
+            stream.suspended = None
         slot, stream.slot = stream.slot, -1
         if slot >= 0:
             stream.lateness_seconds = self.scheduler.lateness(slot)
@@ -474,13 +531,17 @@ class Loop(Driven):
         self._in_flight.clear()
         self._passes.clear()
         self._reading.clear()
+        self._giving.clear()
         for stream in [stream for stream in self._streams if stream is not None]:
+            self._waiting.remove(stream)  # where the step was left while it was being suspended
             self._fail(stream, error)
 
 
-def _rank(job: Job) -> int:
-    """Among which it waits for a slot."""
-    return 0 if job.goes_on else 1 if job.lead_seconds is not None else 2
+def _can_give(stream: Stream | None) -> bool:
+    """Whether its slot may go to a stream that plays in real time: it does not, and its prompt has been read."""
+    if stream is None or stream.gives_slot or stream.keeps_slot or stream.job.lead_seconds is not None:
+        return False
+    return stream.job.max_frames > 0 and stream.read_positions == len(stream.job.prompt)
 
 
 def _has_room(stream: Stream) -> bool:

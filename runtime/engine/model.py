@@ -77,6 +77,14 @@ class SpeechModel(Protocol[State]):
         """Put what `copy_prefix` gave where a slot begins."""
         ...
 
+    def copy_stream(self, state: State, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+        """All that a slot's stream is, of whose context the first `positions` positions have been read."""
+        ...
+
+    def paste_stream(self, state: State, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
+        """Make a slot a stream that `copy_stream` gave; it goes on as if it had never been elsewhere."""
+        ...
+
     def draw(self, state: State, slots: torch.Tensor) -> torch.Tensor:
         """The codes of the next frame of each stream in slots int64 [rows] -> int64 [rows, codebooks].
 

@@ -120,10 +120,19 @@ class Scheduler:
 
     # --- streams come, pause and go -----------------------------------------------------------------------------------
 
-    def start(self, slot: int, now: float, lead_seconds: float | None, plays_at: float | None = None) -> None:
+    def start(
+        self,
+        slot: int,
+        now: float,
+        lead_seconds: float | None,
+        plays_at: float | None = None,
+        *,
+        was_suspended: bool = False,
+    ) -> None:
         """A stream's prompt is read: it may run. `lead_seconds` is the lead it keeps; None is full pace.
 
-        `plays_at` is when its first frame is due, where it goes on with something that is being played already.
+        `plays_at` is when its first frame is due, where it goes on with something that is being played already. One
+        that was suspended counts as no arrival.
 
         A lead shorter than about three ticks cannot be kept: one to wait for, one in flight, its own.
         Raises `ValueError` when the slot has a stream, or the lead is not positive.
@@ -133,7 +142,7 @@ class Scheduler:
         if lead_seconds is not None and not 0 < lead_seconds < math.inf:
             raise ValueError(f"The lead must be a positive number of seconds, or None, and is {lead_seconds}.")
         self._advance(now)
-        self._starts += 1
+        self._starts += not was_suspended
         if lead_seconds is None:
             self._kind[slot], self._lead[slot] = FULL, math.inf
             self._full += 1

@@ -89,6 +89,14 @@ class Steps(Protocol):
         """Put what `copy_prefix` gave where a slot begins."""
         ...
 
+    def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+        """All that a slot's stream is, none of whose frames is in flight, behind its first `positions` positions."""
+        ...
+
+    def paste_stream(self, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
+        """Make a slot a stream that `copy_stream` gave."""
+        ...
+
     def launch(self, slots: np.ndarray) -> Launched:
         """Begin the next frame of the streams in slots int64 [rows], at most the largest of `batch_sizes`."""
         ...
@@ -161,6 +169,16 @@ class EagerSteps(Generic[State]):
     def paste_prefix(self, slot: int, prefix: torch.Tensor) -> None:
         """See `Steps.paste_prefix`."""
         self._model.paste_prefix(self._slots.state, slot, prefix)
+
+    @torch.no_grad()
+    def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+        """See `Steps.copy_stream`."""
+        return self._model.copy_stream(self._slots.state, slot, positions)
+
+    @torch.no_grad()
+    def paste_stream(self, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
+        """See `Steps.paste_stream`."""
+        self._model.paste_stream(self._slots.state, slot, stream)
 
     @torch.no_grad()
     def launch(self, slots: np.ndarray) -> Launched:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from aloud.engine.guards import Watch
 from aloud.engine.steps import HostFrame
 from aloud.request import Guards, Prompt, Sampling
 
@@ -46,6 +47,16 @@ class Job:
         return len(self.prompt) + (0 if self.prefix is None else self.prefix.positions)
 
 
+@dataclass(frozen=True)
+class Suspended:
+    """Where a stream stood that gave its slot away, and goes on in another one."""
+
+    copy: tuple[torch.Tensor, ...]  # of `copy_stream`
+    made_frames: int
+    frames_to_launch: int
+    watch: Watch
+
+
 class Spoken(NamedTuple):
     """One frame of speech; thousands a second are made, and a named tuple costs least."""
 
@@ -59,7 +70,8 @@ class Stream:
 
     finish_reason, error: one of them is set when it is over, which is before its last frames are taken.
     prefix: of a job that keeps its cache, once it is over: all positions that have certainly been read, which are the
-        prompt's and those of the frames, but of the last one only where the model ended by itself.
+        prompt's and those of the frames, but of the last one only where the model ended by itself. None where there was
+        no memory for a copy.
     """
 
     def __init__(self, job: Job, *, is_refusable: bool = False) -> None:
@@ -74,6 +86,9 @@ class Stream:
         self.read_positions = 0  # of the prompt
         self.cancelled = False
         self.held = False  # whether it waits for its frames to be taken
+        self.gives_slot = False  # whether it is to be suspended, once none of its frames is in flight
+        self.keeps_slot = False  # whether it is never asked to: its copy found no memory
+        self.suspended: Suspended | None = None  # while it waits for a slot again
         self.frames: deque[tuple[HostFrame, int]] = deque()  # a frame of several streams, and the row of this one
 
     @property

@@ -169,6 +169,28 @@ def paste_prefix(state: CsmState, slot: int, prefix: torch.Tensor) -> None:
     state.backbone_cache[:, :, slot, :, : prefix.shape[3]] = prefix
 
 
+def copy_stream(state: CsmState, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+    """All that a slot's stream is, of whose context the first `positions` positions have been read."""
+    return tuple(part.clone() for part in _of_slot(state, slot, positions))
+
+
+def paste_stream(state: CsmState, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
+    """Make a slot a stream that `copy_stream` gave."""
+    for part, copied in zip(_of_slot(state, slot, stream[0].shape[3]), stream, strict=True):
+        part.copy_(copied)
+
+
+def _of_slot(state: CsmState, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+    """Views of everything that a slot's stream carries from frame to frame; the depth decoder carries nothing."""
+    return (
+        state.backbone_cache[:, :, slot, :, :positions],
+        *(tensor[slot] for tensor in (state.next_input, state.position, state.frame, state.seed)),
+        state.temperature[:, slot],
+        state.top_k[:, slot],
+        *mimi.of_slot(state.codec, slot),
+    )
+
+
 def decode(
     config: CsmConfig, codec: mimi.MimiWeights, state: CsmState, codes: torch.Tensor, slots: torch.Tensor
 ) -> Sound:
@@ -278,6 +300,14 @@ class Csm:
     def paste_prefix(self, state: CsmState, slot: int, prefix: torch.Tensor) -> None:
         """See `paste_prefix`."""
         paste_prefix(state, slot, prefix)
+
+    def copy_stream(self, state: CsmState, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+        """See `copy_stream`."""
+        return copy_stream(state, slot, positions)
+
+    def paste_stream(self, state: CsmState, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
+        """See `paste_stream`."""
+        paste_stream(state, slot, stream)
 
     def draw(self, state: CsmState, slots: torch.Tensor) -> torch.Tensor:
         """See `draw_codes`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -101,7 +101,9 @@ def test_together_as_alone(voices: Voices, batch_sizes: tuple[int, ...], ahead: 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     schedule=st.lists(
-        st.tuples(st.integers(0, 8), st.integers(0, 12), st.none() | st.integers(0, 9)), min_size=1, max_size=14
+        st.tuples(st.integers(0, 8), st.integers(0, 12), st.none() | st.integers(0, 9), st.booleans()),
+        min_size=1,
+        max_size=14,
     ),
     slots=st.integers(1, 5),
     sizes=st.sampled_from([(1, 2, 3, 4, 5), (1, 2, 4, 8), (4, 8), (1, 2)]),
@@ -109,20 +111,21 @@ def test_together_as_alone(voices: Voices, batch_sizes: tuple[int, ...], ahead: 
 )
 def test_any_schedule(
     voices: Voices,
-    schedule: list[tuple[int, int, int | None]],
+    schedule: list[tuple[int, int, int | None, bool]],
     slots: int,
     sizes: tuple[int, ...],
     ahead: int,
 ) -> None:
-    """Jobs that come at any tick, some of them cancelled after any number of ticks."""
+    """Jobs that come at any tick, in real time or not, some of them cancelled after any number of ticks."""
     loop, state = loop_of(voices.model, slots=slots, batch_sizes=sizes, ahead=ahead)
     for slot in range(slots):
         poison(state, slot)
     streams: list[tuple[int, Stream, int | None]] = []
     for tick in range(40):
-        for job, begins, lasts in schedule:
+        for job, begins, lasts, realtime in schedule:
             if begins == tick:
-                streams.append((job, loop.submit(voices.jobs[job]), None if lasts is None else tick + lasts))
+                paced = replace(voices.jobs[job], lead_seconds=60.0 if realtime else None)
+                streams.append((job, loop.submit(paced), None if lasts is None else tick + lasts))
         for _, stream, until in streams:
             if until == tick:
                 loop.cancel(stream)
@@ -135,6 +138,27 @@ def test_any_schedule(
             expected = expected[0][: len(codes)], expected[1][: len(samples)]
         assert_same((codes, samples), expected)
     assert loop.is_idle
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("after", [1, 2, 4, 10])
+def test_suspended_as_if_it_had_not_been(voices: Voices, after: int, ahead: int) -> None:
+    """In one slot, which the other stream uses meanwhile; and in another one than before."""
+    for slots in (1, 2):
+        loop, state = loop_of(voices.model, slots=slots, ahead=ahead)
+        slow = [loop.submit(voices.jobs[8]) for _ in range(slots)]
+        while len(slow[0].frames) < after:
+            loop.step()
+        live = [loop.submit(replace(voices.jobs[number], lead_seconds=60.0)) for number in range(2 * slots)]
+        while not all(stream.is_over for stream in (*slow, *live)):
+            loop.step()
+            for slot in loop._free:
+                poison(state, slot)
+        for number, stream in enumerate(live):
+            assert_same(all_of(loop, stream), voices.alone[number])
+        for stream in slow:
+            assert_same(all_of(loop, stream), voices.alone[8])
+        assert loop.counts.suspended == slots or after == 10  # of 11 frames
 
 
 def test_nothing_of_the_stream_before_remains(voices: Voices) -> None:

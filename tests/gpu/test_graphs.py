@@ -303,6 +303,24 @@ def test_an_error_in_one_stream_is_its_own(machine: Machine) -> None:
     assert loop.is_idle
 
 
+def test_suspended_as_if_it_had_not_been(machine: Machine) -> None:
+    """A stream of full pace gives its slot away in the middle, and goes on in the same one or in another."""
+    for slots in (1, 2):
+        loop, _ = machine.loop(slots)
+        jobs = [replace(job, lead_seconds=60.0) for job in machine.jobs]
+        longest = max(range(len(jobs)), key=lambda number: jobs[number].max_frames)
+        slow = [loop.submit(machine.jobs[longest]) for _ in range(slots)]
+        while len(slow[0].frames) < 2:
+            loop.step()
+        live = [loop.submit(job) for job in jobs]
+        for stream, expected in zip(live, machine.alone, strict=True):
+            machine.assert_same(all_of(loop, stream), expected)
+        for stream in slow:
+            machine.assert_same(all_of(loop, stream), machine.alone[longest])
+        assert loop.counts.suspended == slots
+        assert loop.is_idle
+
+
 # --- allocations ------------------------------------------------------------------------------------------------------
 
 on_a_gpu = pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Slot:
     positions: int  # of the prompt
     read: list[int] = field(default_factory=list)
     frames: int = 0
+    flying: int = 0  # frames that were launched and not read
     length: int = 0  # frames, once the first is drawn
     last: int = 0  # the frame to be read by the next step
     digest: int = 1  # of all that was read
@@ -132,6 +133,7 @@ class QuickSteps:
         self.launches = 0
         self.launched_rows: Counter[int] = Counter()  # of each seed
         self._slots: list[Slot | None] = [None] * slots
+        self._copies: list[Slot] = []  # of each stream that was suspended
         self._codebooks = codebooks
 
     def start(self, slot: int, sampling: Sampling, seed: int, positions: int) -> None:
@@ -162,6 +164,20 @@ class QuickSteps:
         self._check(not stream.read, "a prefix pasted over what was read")
         stream.take(prefix.tolist())
 
+    def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+        self.fault.at("copy_stream", [slot])
+        stream = self._stream(slot)
+        self._check(stream.flying == 0, "a copy of a stream that has a frame in flight")
+        self._check(positions == len(stream.read), "a copy of more or less than what was read")
+        self._slots[slot] = None
+        self._copies.append(stream)
+        return (torch.tensor(len(self._copies) - 1),)
+
+    def paste_stream(self, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
+        self.fault.at("paste_stream", [slot])
+        copied = self._copies[int(stream[0])]
+        self._slots[slot] = replace(copied, read=list(copied.read))
+
     def launch(self, slots: np.ndarray) -> Flying:
         self.before_launch()
         self.launches += 1
@@ -176,7 +192,15 @@ class QuickSteps:
         samples = np.repeat(codes[:, :1], FRAME_SIZE, axis=1).astype(np.float32) / 2048
         self.launched_rows.update(stream.seed for stream in streams)
         frame = HostFrame(codes, samples, np.square(samples).mean(axis=1), ended, 1e-4)
-        return Flying(frame, lambda: self.fault.at("read", slots.tolist()))
+        for stream in streams:
+            stream.flying += 1
+
+        def read() -> None:
+            for stream in streams:
+                stream.flying -= 1
+            self.fault.at("read", slots.tolist())
+
+        return Flying(frame, read)
 
     def _next(self, stream: Slot) -> np.ndarray:
         """The codes int64 [codebooks] of the next frame, or whatever behind the end."""

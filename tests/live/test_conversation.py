@@ -85,17 +85,23 @@ class Said:
     way: str
 
 
+@dataclass(frozen=True)
+class Forgotten:
+    """What has been read must make room for another conversation."""
+
+
 sizes = st.integers(1, 14)
 turns = st.one_of(
     st.builds(Heard, sizes, st.integers(0, 8), st.booleans()),
+    st.builds(Forgotten),
     st.builds(Said, sizes, st.integers(1, 60), st.floats(0, 1), st.sampled_from(["end", "cut", "cancelled"])),
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 12), st.lists(sizes, max_size=2), st.lists(turns, max_size=12))
+@given(st.integers(0, 12), st.lists(sizes, max_size=2), st.lists(turns, max_size=14))
 def test_it_is_its_voice_and_its_last_turns(
-    voice_positions: int, context: list[int], script: list[Heard | Said]
+    voice_positions: int, context: list[int], script: list[Heard | Said | Forgotten]
 ) -> None:
     writer = Writer()
     voice_content = content(writer.text(voice_positions))
@@ -130,7 +136,12 @@ def test_it_is_its_voice_and_its_last_turns(
         assert with_one_more > (most if left == 0 else fixed + (most - fixed) // 2)
 
     for turn in script:
-        dropped, rebuilds, cached_before = conversation.dropped_turns, conversation.rebuilds, conversation.cached
+        dropped, rebuilds, cached_before = conversation.dropped_turns, conversation.rebuilds, conversation.to_read()[0]
+        if isinstance(turn, Forgotten):
+            conversation.forget_read()
+            assert conversation.rebuilds == rebuilds + 1
+            assert (conversation.cached_bytes, conversation.cached_positions) == (0, voice_positions)
+            continue
         if isinstance(turn, Heard):
             prompt = writer.heard(turn.words, turn.frames)
             if fixed + len(prompt) > POSITIONS:
@@ -141,11 +152,11 @@ def test_it_is_its_voice_and_its_last_turns(
             conversation.make_room()
             check_dropped(before, POSITIONS)
             if turn.is_read:
-                unread = conversation.unread()
-                whole = read_by(conversation.cached) + ([] if unread is None else content(unread))
+                unread = conversation.to_read()[1]
+                whole = read_by(conversation.to_read()[0]) + ([] if unread is None else content(unread))
                 assert whole == flat(kept())
                 conversation.has_read(cache_of(whole))
-                assert conversation.unread() is None
+                assert conversation.to_read()[1] is None
                 assert conversation.cached_positions == conversation.positions
         else:
             text = writer.text(turn.words)
@@ -178,7 +189,7 @@ def test_it_is_its_voice_and_its_last_turns(
         else:
             assert conversation.rebuilds == rebuilds + 1
         assert conversation.cached_positions <= conversation.positions
-        assert read_by(conversation.cached) == flat(kept())[: conversation.cached_positions]
+        assert read_by(conversation.to_read()[0]) == flat(kept())[: conversation.cached_positions]
         assert conversation.positions == len(flat(kept()))
 
 
@@ -204,5 +215,5 @@ def test_what_is_taken_back_was_never_there() -> None:
     conversation.has_read(cache_of(content(first)))
     conversation.add(writer.heard(2, 0))
     conversation.take_back()
-    assert conversation.unread() is None
+    assert conversation.to_read()[1] is None
     assert content(join(conversation.turns)) == content(first)

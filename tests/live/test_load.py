@@ -80,6 +80,12 @@ class SimulatedSteps:
     def paste_prefix(self, slot: int, prefix: torch.Tensor) -> None:
         pass
 
+    def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+        return ()
+
+    def paste_stream(self, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
+        pass
+
     def prefill(self, pieces: Sequence[Piece]) -> OnItsWay:
         positions = sum(piece.stop - piece.start for piece in pieces)
         size = next(size for size in PREFILL_SIZES if size >= positions)

@@ -520,7 +520,7 @@ def test_a_session_that_nobody_holds_is_forgotten(made: Made, seed: int) -> None
     session = made.session(made.voice)
     session.hear_sync("Hello.")
     say(session, "Hello.", seed, 3)
-    cached = session._conversation.cached
+    cached = session._conversation.to_read()[0]
     assert cached is not None
     assert cached is not made.voice.prefix
     cache = weakref.ref(cached.cache)
@@ -537,7 +537,7 @@ def test_only_the_last_cache_of_a_session_is_kept(made: Made, seed: int) -> None
     caches = []
     for number in range(4):
         say(session, "Hello.", seed + number, 3)
-        cached = session._conversation.cached
+        cached = session._conversation.to_read()[0]
         assert cached is not None
         caches.append(weakref.ref(cached.cache))
         del cached

@@ -1,0 +1,60 @@
+"""The line for a slot: real time before full pace, and of each, what has begun before what has not."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from aloud.engine.stream import Stream
+
+
+class WaitingLine:
+    """Streams that wait for a slot; those of one rank are served in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._by_rank: tuple[deque[Stream], ...] = (deque(), deque(), deque(), deque())
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_rank))
+
+    def __iter__(self) -> Iterator[Stream]:
+        """In the order in which they get a slot."""
+        for of_rank in self._by_rank:
+            yield from of_rank
+
+    @property
+    def realtime(self) -> int:
+        """How many play in real time."""
+        return len(self._by_rank[0]) + len(self._by_rank[1])
+
+    def add(self, stream: Stream) -> None:
+        """At the end of its rank."""
+        self._by_rank[_rank(stream)].append(stream)
+
+    def remove(self, stream: Stream) -> None:
+        """Wherever it stands, if it does."""
+        of_rank = self._by_rank[_rank(stream)]
+        if stream in of_rank:
+            of_rank.remove(stream)
+
+    def pop(self) -> Stream:
+        """The one that gets the next slot. Raises `StopIteration` when nobody waits."""
+        return next(of_rank for of_rank in self._by_rank if of_rank).popleft()
+
+    def without_slot(self, newcomer: Stream, room: int) -> int:
+        """Refusable streams that will still wait, before `newcomer`, when `room` slots have been given out.
+
+        Negative where slots are left for it. Those that were suspended had their slot, and count as no request.
+        """
+        before = [other for other in self if _pace(other) <= _pace(newcomer)]
+        refusable = sum(other.is_refusable and other.suspended is None for other in before)
+        return refusable - max(0, room - (len(before) - refusable))
+
+
+def _pace(stream: Stream) -> int:
+    return 0 if stream.job.lead_seconds is not None else 1
+
+
+def _rank(stream: Stream) -> int:
+    has_begun = stream.job.goes_on or stream.suspended is not None
+    return 2 * _pace(stream) + (not has_begun)
