@@ -1,12 +1,12 @@
 """Compile every kernel as csm-1b launches it, for every architecture, with no GPU, and read the machine code.
 
-A kernel fails when it does not compile, when it spills (registers kept in local memory), or when it streams weights
-with loads narrower than 16 bytes a thread. Loads of weights are those on source lines that name a weight: the debug
-lines inside the binary say which line each machine instruction comes from, and a kernel that reads weights takes them
-through a parameter with `weight` in its name. At least one such load must be found, and all of them must be 16 bytes:
-LDG.E.128, or LDGSTS.128 (cp.async), or the copy engine's (UTMALDG, UBLKCP). In a kernel that waits for the one before
-it, loads of weights must not stand on both sides of the wait: that is a slice of weights meant to be under way before
-it, part of which the compiler has moved.
+A kernel fails when it does not compile, when it spills (registers kept in local memory), when it takes more shared
+memory than a program can have, or when it streams weights with loads narrower than 16 bytes a thread. Loads of weights
+are those on source lines that name a weight: the debug lines inside the binary say which line each machine instruction
+comes from, and a kernel that reads weights takes them through a parameter with `weight` in its name. At least one such
+load must be found, and all of them must be 16 bytes: LDG.E.128, or LDGSTS.128 (cp.async), or the copy engine's
+(UTMALDG, UBLKCP). In a kernel that waits for the one before it, loads of weights must not stand on both sides of the
+wait: that is a slice of weights meant to be under way before it, part of which the compiler has moved.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ from .aot_cases import CASES
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Shared memory that one program can have (CUDA C++ Programming Guide, technical specifications); more compiles, and
+fails when it is launched."""
 WIDE = 16
 """Bytes that one thread loads at once when weights stream well."""
 
@@ -191,6 +194,8 @@ def make_report(
     faults = []
     if stack_bytes or "LDL" in names or "STL" in names:
         faults.append(f"spills: {stack_bytes} bytes of local memory a thread")
+    if shared_bytes > SHARED_BYTES[capability]:
+        faults.append(f"{shared_bytes} bytes of shared memory, of {SHARED_BYTES[capability]}")
     if reads_weights and not weight_loads:
         faults.append("no load of weights found: write each on a line that names a weight")
     if narrow := {bytes: count for bytes, count in weight_loads.items() if bytes < WIDE}:

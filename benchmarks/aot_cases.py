@@ -16,9 +16,11 @@ from aloud.kernels.draw import plan_draw
 from aloud.kernels.embedding import plan_embed_code, plan_embed_frame
 from aloud.kernels.launch import Launch
 from aloud.kernels.linear import plan_linear_residual, plan_norm_linear, plan_norm_swiglu
-from aloud.kernels.next_code import allocate_scratch, plan_next_code
+from aloud.kernels.next_code import allocate_scratch, plan_draw_embed, plan_next_code
+from aloud.kernels.qkv import plan_norm_qkv_rope
 from aloud.kernels.rms_norm import plan_rms_norm
-from aloud.kernels.rope import plan_norm_qkv_rope
+from aloud.kernels.rope import plan_rotate_qkv
+from aloud.kernels.swiglu import plan_swiglu
 
 EPS = 1e-5
 CODEBOOKS = 32
@@ -86,6 +88,24 @@ def norm_qkv_rope(hidden_size: int, heads: int, kv_heads: int, head_dim: int, po
     return plan
 
 
+def rotate_qkv(heads: int, kv_heads: int, head_dim: int, positions: int) -> Case:
+    """The rotation behind a library's product, over the cache of 64 slots."""
+
+    def plan(dtype: torch.dtype, rows: int, capability: int) -> Launch:
+        products = empty(rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+        table = empty(2, positions, head_dim // 2, dtype=torch.float32)
+        cache = empty(2, 64, kv_heads, positions, head_dim, dtype=dtype)
+        indices = empty(rows, dtype=torch.int64)
+        return plan_rotate_qkv(products, table, cache, indices, indices, capability=capability)
+
+    return plan
+
+
+def swiglu(dtype: torch.dtype, rows: int, capability: int) -> Launch:
+    """SwiGLU behind a library's product."""
+    return plan_swiglu(empty(rows, 2 * 8192, dtype=dtype), capability=capability)
+
+
 def attention_output(hidden_size: int, heads: int, kv_heads: int, head_dim: int, positions: int) -> Case:
     """The second part of an attention block, over the cache of 64 slots."""
 
@@ -133,6 +153,14 @@ def draw(dtype: torch.dtype, rows: int, capability: int) -> Launch:
         temperature=given["temperature"],
         top_k=given["top_k"],
         capability=capability,
+    )
+
+
+def draw_embed(dtype: torch.dtype, rows: int, capability: int) -> Launch:
+    """The draw and the gather behind a library's product."""
+    logits, table = empty(rows, DRAWABLE, dtype=torch.float32), empty(CODEBOOKS * VOCABULARY, 1024, dtype=dtype)
+    return plan_draw_embed(
+        logits, codebook=3, table=table, vocabulary=VOCABULARY, capability=capability, **sampling(rows)
     )
 
 
@@ -193,5 +221,9 @@ CASES: dict[str, Case] = {
     "next_code.depth": next_code(1024, heads=CODEBOOKS - 1),
     "embed_frame": embed_frame,
     "embed_code": embed_code,
+    "rotate.backbone": rotate_qkv(heads=32, kv_heads=8, head_dim=64, positions=2048),
+    "rotate.depth": rotate_qkv(heads=8, kv_heads=2, head_dim=128, positions=CODEBOOKS),
+    "swiglu": swiglu,
+    "draw_embed": draw_embed,
 }
 """By the name that the table shows."""

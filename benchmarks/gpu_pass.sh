@@ -54,7 +54,7 @@ graphs() { if [ -n "$small" ]; then tests tests/gpu/test_graphs.py; else tests -
 models() { tests -m gpu tests/gpu/test_csm.py; }
 kernels() {
     local given=()
-    [ -z "$small" ] || given=(--small --dtype "$dtype" --rows 1 3 --repeats 2 --no-compile)
+    [ -z "$small" ] || given=(--small --dtype "$dtype" --rows 1 3 16 --repeats 2 --compile-rows)
     bench kernels "${given[@]}" || return
     tail -n 1 "$folder/kernels.log" >"$folder/kernels.json"
 }

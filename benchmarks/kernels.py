@@ -1,7 +1,9 @@
 """Each operation at csm-1b's shapes: microseconds, bytes a second over a copy's, beside torch eager and compiled.
 
-Weights are cold: a timed graph goes through several copies of them, more than any cache holds. Before anything is
-timed, the operation's result is compared with torch's; a difference is an error, and no figure.
+`library` is the same operation with its product by cuBLAS, between kernels of ours: the way of rows beyond `MAX_ROWS`,
+to see from how many rows on it is faster. Weights are cold: a timed graph goes through several copies of them, more
+than any cache holds. Before anything is timed, the operation's result is compared with torch's; a difference is an
+error, and no figure.
 """
 
 from __future__ import annotations
@@ -18,17 +20,29 @@ import torch
 import torch.nn.functional as F
 
 from aloud.kernels.attention import attention_output
-from aloud.kernels.codebook_head import codebook_head
+from aloud.kernels.codebook_head import codebook_head, codebook_head_by_library
 from aloud.kernels.embedding import embed_frame
-from aloud.kernels.linear import linear_residual, norm_linear, norm_swiglu
+from aloud.kernels.linear import (
+    linear_residual,
+    linear_residual_by_library,
+    norm_linear,
+    norm_linear_by_library,
+    norm_swiglu,
+    norm_swiglu_by_library,
+)
+from aloud.kernels.product import MATRIX_ROWS, MAX_ROWS
+from aloud.kernels.qkv import norm_qkv_rope, norm_qkv_rope_by_library
 from aloud.kernels.rms_norm import rms_norm
-from aloud.kernels.rope import Rope, norm_qkv_rope, rope_table
+from aloud.kernels.rope import Rope, rope_table
 
 from .measure import circumstances, copies_for_cold_cache, copy_bandwidth, time_calls
 
 EPS = 1e-5
 CONTEXT = 500
 """Positions of the backbone's cache that a row attends to."""
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+COMPILE_ROWS = [1, 64]
+"""Compiling takes seconds for each number of rows."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Tensor = torch.Tensor
 
@@ -59,6 +73,7 @@ class Case:
     """One operation on one set of inputs: as Aloud computes it, as torch does, and the bytes it has to move."""
 
     ours: Callable[[], Tensor]
+    by_library: Callable[[], Tensor] | None  # where there is this other way
     theirs: Callable[..., Tensor]
     arguments: tuple[Tensor, ...]  # of `theirs`
     moved_bytes: int  # each argument read once, the result written once
@@ -90,7 +105,7 @@ def torch_rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 def norm_case(stack: Stack, rows: int, new: Inputs) -> Case:
     """RMSNorm alone."""
     x, gain = new.random(rows, stack.hidden_size), new.random(stack.hidden_size)
-    return _case(lambda: rms_norm(x, gain, EPS), torch_rms_norm, (x, gain), weights=(gain,), outputs=x.numel())
+    return _case(lambda: rms_norm(x, gain, EPS), None, torch_rms_norm, (x, gain), weights=(gain,), outputs=x.numel())
 
 
 def qkv_case(stack: Stack, rows: int, new: Inputs) -> Case:
@@ -103,8 +118,7 @@ def qkv_case(stack: Stack, rows: int, new: Inputs) -> Case:
     slots = torch.arange(rows, device=new.device)
     positions = torch.full((rows,), stack.attended - 1, device=new.device)
 
-    def ours() -> Tensor:
-        return norm_qkv_rope(x, gain, EPS, weight, table, cache, slots, positions).flatten(1)
+    given = (x, gain, EPS, weight, table, cache, slots, positions)
 
     def theirs(x: Tensor, gain: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads = F.linear(torch_rms_norm(x, gain), weight).view(rows, -1, stack.head_dim)
@@ -114,8 +128,14 @@ def qkv_case(stack: Stack, rows: int, new: Inputs) -> Case:
         return torch.cat([rotated, rest], dim=1)[:, : stack.heads].flatten(1)
 
     cos, sin = table[:, positions, None]
-    arguments = (x, gain, weight, cos, sin)
-    return _case(ours, theirs, arguments, weights=(gain, weight), outputs=rows * width)
+    return _case(
+        lambda: norm_qkv_rope(*given).flatten(1),
+        lambda: norm_qkv_rope_by_library(*given).flatten(1),
+        theirs,
+        (x, gain, weight, cos, sin),
+        weights=(gain, weight),
+        outputs=rows * width,
+    )
 
 
 def attention_case(stack: Stack, rows: int, new: Inputs) -> Case:
@@ -136,7 +156,7 @@ def attention_case(stack: Stack, rows: int, new: Inputs) -> Case:
 
     keys, values = cache[0, :, :, : stack.attended], cache[1, :, :, : stack.attended]
     arguments = (query, keys, values, weight, residual)
-    return _case(ours, theirs, arguments, weights=(weight, cache), outputs=residual.numel())
+    return _case(ours, None, theirs, arguments, weights=(weight, cache), outputs=residual.numel())
 
 
 def swiglu_case(stack: Stack, rows: int, new: Inputs) -> Case:
@@ -150,20 +170,41 @@ def swiglu_case(stack: Stack, rows: int, new: Inputs) -> Case:
 
     outputs = rows * stack.intermediate_size
     return _case(
-        lambda: norm_swiglu(x, gain, EPS, gate_up), theirs, (x, gain, gate_up), weights=(gain, gate_up), outputs=outputs
+        lambda: norm_swiglu(x, gain, EPS, gate_up),
+        lambda: norm_swiglu_by_library(x, gain, EPS, gate_up),
+        theirs,
+        (x, gain, gate_up),
+        weights=(gain, gate_up),
+        outputs=outputs,
     )
+
+
+def output_case(stack: Stack, rows: int, new: Inputs) -> Case:
+    """Output projection and residual, where attention is a launch of its own."""
+    return _residual_case(stack.heads * stack.head_dim, stack, rows, new)
 
 
 def down_case(stack: Stack, rows: int, new: Inputs) -> Case:
     """Down projection and residual."""
-    x = new.random(rows, stack.intermediate_size)
-    weight, residual = new.weight(stack.hidden_size, stack.intermediate_size), new.random(rows, stack.hidden_size)
+    return _residual_case(stack.intermediate_size, stack, rows, new)
+
+
+def _residual_case(inputs: int, stack: Stack, rows: int, new: Inputs) -> Case:
+    x, weight = new.random(rows, inputs), new.weight(stack.hidden_size, inputs)
+    residual = new.random(rows, stack.hidden_size)
 
     def theirs(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
         return residual + F.linear(x, weight)
 
     arguments = (x, weight, residual)
-    return _case(lambda: linear_residual(*arguments), theirs, arguments, weights=(weight,), outputs=residual.numel())
+    return _case(
+        lambda: linear_residual(*arguments),
+        lambda: linear_residual_by_library(*arguments),
+        theirs,
+        arguments,
+        weights=(weight,),
+        outputs=residual.numel(),
+    )
 
 
 def projector_case(stack: Stack, rows: int, new: Inputs) -> Case:
@@ -176,7 +217,12 @@ def projector_case(stack: Stack, rows: int, new: Inputs) -> Case:
 
     outputs = rows * stack.hidden_size // 2
     return _case(
-        lambda: norm_linear(x, gain, EPS, weight), theirs, (x, gain, weight), weights=(gain, weight), outputs=outputs
+        lambda: norm_linear(x, gain, EPS, weight),
+        lambda: norm_linear_by_library(x, gain, EPS, weight),
+        theirs,
+        (x, gain, weight),
+        weights=(gain, weight),
+        outputs=outputs,
     )
 
 
@@ -191,7 +237,12 @@ def head_case(stack: Stack, rows: int, new: Inputs) -> Case:
     outputs = 4 * rows * stack.vocabulary // new.dtype.itemsize
     arguments = (x, gain, heads[0])
     return _case(
-        lambda: codebook_head(x, gain, EPS, heads, 0), theirs, arguments, weights=(gain, heads), outputs=outputs
+        lambda: codebook_head(x, gain, EPS, heads, 0),
+        lambda: codebook_head_by_library(x, gain, EPS, heads, 0),
+        theirs,
+        arguments,
+        weights=(gain, heads),
+        outputs=outputs,
     )
 
 
@@ -207,7 +258,8 @@ def embed_case(stack: Stack, rows: int, new: Inputs) -> Case:
 
     read_bytes = rows * codebooks * stack.hidden_size * table.element_size()
     moved_bytes = read_bytes + rows * stack.hidden_size * table.element_size()
-    return Case(lambda: embed_frame(codes, table, stack.vocabulary), theirs, (codes, table), moved_bytes, read_bytes)
+    ours = functools.partial(embed_frame, codes, table, stack.vocabulary)
+    return Case(ours, None, theirs, (codes, table), moved_bytes, read_bytes)
 
 
 MAKERS: dict[str, tuple[str, Callable[[Stack, int, Inputs], Case]]] = {
@@ -217,6 +269,8 @@ MAKERS: dict[str, tuple[str, Callable[[Stack, int, Inputs], Case]]] = {
     "qkv.depth": ("depth", qkv_case),
     "attention.backbone": ("backbone", attention_case),
     "attention.depth": ("depth", attention_case),
+    "output.backbone": ("backbone", output_case),
+    "output.depth": ("depth", output_case),
     "gate_up.backbone": ("backbone", swiglu_case),
     "gate_up.depth": ("depth", swiglu_case),
     "down.backbone": ("backbone", down_case),
@@ -230,6 +284,7 @@ MAKERS: dict[str, tuple[str, Callable[[Stack, int, Inputs], Case]]] = {
 
 def _case(
     ours: Callable[[], Tensor],
+    by_library: Callable[[], Tensor] | None,
     theirs: Callable[..., Tensor],
     arguments: tuple[Tensor, ...],
     *,
@@ -239,17 +294,24 @@ def _case(
     """A case whose result has `outputs` elements of the first argument's dtype."""
     read_bytes = sum(tensor.numel() * tensor.element_size() for tensor in arguments)
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights)
-    return Case(ours, theirs, arguments, read_bytes + outputs * arguments[0].element_size(), weight_bytes)
+    moved_bytes = read_bytes + outputs * arguments[0].element_size()
+    return Case(ours, by_library, theirs, arguments, moved_bytes, weight_bytes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's own arguments."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="default: bfloat16")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="default: 1 to 64")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="default: 1 to 1024")
+    parser.add_argument(
+        "--compile-rows",
+        type=int,
+        nargs="*",
+        default=COMPILE_ROWS,
+        help="compare with torch.compile (default: 1 64)",
+    )
     parser.add_argument("--cases", nargs="+", default=list(MAKERS), choices=MAKERS, metavar="CASE", help="default: all")
     parser.add_argument("--small", action="store_true", help="small shapes, to try the suite on a CPU")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--repeats", type=int, default=50, help="replays of which the median is taken (default: 50)")
     parser.set_defaults(run=run)
 
@@ -260,7 +322,8 @@ def run(parsed: argparse.Namespace) -> int:
     about, bandwidth = circumstances(device), copy_bandwidth(device)
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
     print(f"copy {bandwidth / 1e12:.3f} TB/s; {parsed.dtype}; microseconds")
-    print(f"{'case':<20}{'rows':>5}{'MB':>9}{'ours':>10}{'of copy':>9}{'eager':>10}{'compiled':>10}{'vs best':>9}")
+    columns = f"{'case':<20}{'rows':>5}{'MB':>9}{'ours':>10}{'of copy':>9}{'library':>10}{'eager':>10}{'compiled':>10}"
+    print(f"{columns}{'vs best':>9}")
     results, wrong = [], []
     for name in parsed.cases:
         for rows in parsed.rows:
@@ -272,16 +335,20 @@ def run(parsed: argparse.Namespace) -> int:
                 print(f"{name:<20}{rows:>5}  WRONG: differs from torch by {result['difference']:.3g}")
                 continue
             best = min(result["eager_seconds"], result["compiled_seconds"] or result["eager_seconds"])
-            compiled = f"{result['compiled_seconds'] * 1e6:>10.2f}" if result["compiled_seconds"] else f"{'-':>10}"
             print(
-                f"{name:<20}{rows:>5}{result['moved_bytes'] / 1e6:>9.2f}{result['seconds'] * 1e6:>10.2f}"
-                f"{result['copy_fraction']:>9.1%}{result['eager_seconds'] * 1e6:>10.2f}{compiled}"
+                f"{name:<20}{rows:>5}{result['moved_bytes'] / 1e6:>9.2f}{_microseconds(result['seconds'])}"
+                f"{result['copy_fraction']:>9.1%}{_microseconds(result['library_seconds'])}"
+                f"{_microseconds(result['eager_seconds'])}{_microseconds(result['compiled_seconds'])}"
                 f"{best / result['seconds']:>9.2f}"
             )
     if wrong:
         print(f"{len(wrong)} of {len(results)} results are wrong", file=sys.stderr)
     print(json.dumps({"suite": "kernels", "about": about, "copy_bytes_per_second": bandwidth, "results": results}))
     return 1 if wrong else 0
+
+
+def _microseconds(seconds: float | None) -> str:
+    return f"{'-':>10}" if seconds is None else f"{seconds * 1e6:>10.2f}"
 
 
 def measure(
@@ -300,14 +367,19 @@ def measure(
     theirs = first.theirs(*first.arguments).float()
     wide = [a.float() if a.is_floating_point() else a for a in first.arguments]
     exact = first.theirs(*wide).float()
-    difference = float((first.ours().float() - exact).abs().max())
+    ways = [first.ours]
+    if first.by_library is not None and MATRIX_ROWS <= rows <= MAX_ROWS:  # beyond, it is ours
+        ways.append(first.by_library)
+    difference = max(float((way().float() - exact).abs().max()) for way in ways)
     allowed = 2 * float((theirs - exact).abs().max()) + max(torch.finfo(dtype).eps, 1e-5) * float(exact.abs().max())
 
     def seconds(calls: list[Callable[[], Tensor]]) -> float:
         return time_calls(calls, device, repeats=parsed.repeats)
 
-    compiled_seconds = None
-    if not parsed.no_compile:
+    library_seconds = compiled_seconds = None
+    if len(ways) > 1:
+        library_seconds = seconds([case.by_library for case in cases if case.by_library is not None])
+    if rows in parsed.compile_rows:
         compiled = torch.compile(first.theirs, dynamic=False)
         compiled_seconds = seconds([functools.partial(compiled, *case.arguments) for case in cases])
     return {
@@ -320,6 +392,7 @@ def measure(
         "allowed": allowed,
         "correct": difference <= allowed,
         "seconds": seconds([case.ours for case in cases]),
+        "library_seconds": library_seconds,
         "eager_seconds": seconds([functools.partial(case.theirs, *case.arguments) for case in cases]),
         "compiled_seconds": compiled_seconds,
     }

@@ -3,7 +3,7 @@
     logits = rms_norm(x) heads[codebook]^T
 
 Logits are float32 and are not rounded to the weights' dtype. The kernel is `norm_linear`'s, with float32 results; its
-launch table is in product.py.
+launch table is in product.py. For more rows than it takes, the product is cuBLAS's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from aloud.kernels.check import check
 from aloud.kernels.launch import Launch, capability, require_rows
 from aloud.kernels.linear import norm_linear_kernel
 from aloud.kernels.product import MAX_ROWS, plan_product
-from aloud.kernels.rms_norm import rms_norm_reference
+from aloud.kernels.rms_norm import rms_norm, rms_norm_reference
 from aloud.kernels.row_product import row_product
 
 
@@ -35,6 +35,16 @@ def plan_codebook_head(
     return plan_product(norm_linear_kernel, {"gain_ptr": gain, "eps": eps}, x, weight, logits, capability=capability)
 
 
+def codebook_head_by_library(
+    x: torch.Tensor, gain: torch.Tensor, eps: float, heads: torch.Tensor, codebook: int
+) -> torch.Tensor:
+    """`codebook_head` of many rows, whose product is cuBLAS's."""
+    x, weight = rms_norm(x, gain, eps), heads[codebook]
+    if not x.is_cuda or x.dtype == torch.float32:
+        return x.float() @ weight.float().T
+    return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+
 def codebook_head(x: torch.Tensor, gain: torch.Tensor, eps: float, heads: torch.Tensor, codebook: int) -> torch.Tensor:
     """Logits of one codebook: x [rows, hidden_size], gain [hidden_size], heads [codebooks, vocabulary, hidden_size].
 
@@ -46,8 +56,10 @@ def codebook_head(x: torch.Tensor, gain: torch.Tensor, eps: float, heads: torch.
     check("heads", heads, "codebooks vocabulary hidden_size", sizes, dtype=x.dtype, device=x.device)
     if not 0 <= codebook < sizes["codebooks"]:
         raise ValueError(f"codebook must be 0 to {sizes['codebooks'] - 1}, got {codebook}")
-    if not x.is_cuda or sizes["rows"] > MAX_ROWS:
+    if not x.is_cuda:
         return codebook_head_reference(x, gain, eps, heads, codebook)
+    if sizes["rows"] > MAX_ROWS:
+        return codebook_head_by_library(x, gain, eps, heads, codebook)
     launch = plan_codebook_head(x, gain, eps, heads, codebook, capability=capability(x.device))
     launch.run()
     return launch.outputs[0]

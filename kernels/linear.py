@@ -5,12 +5,14 @@
     norm_swiglu       silu(g) * u, where [g, u] = rms_norm(x) [gate, up]^T      (Shazeer 2020, arXiv:2002.05202)
 
 Weights are [outputs, inputs], rows of x are independent of each other, sums are in float32, and each product, silu and
-sum is rounded to x's dtype, as the references round. How weights stream and how many a program owns: product.py.
+sum is rounded to x's dtype, as the references round. How weights stream and how many a program owns: product.py. For
+more rows than these kernels take, the products are cuBLAS's (`..._by_library`), with kernels before and behind them.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from aloud.kernels.check import check
 from aloud.kernels.launch import Launch, capability, require_rows
@@ -26,8 +28,9 @@ from aloud.kernels.product import (
     weight_slice,
     whole_gain,
 )
-from aloud.kernels.rms_norm import normed, rms_norm_reference
-from aloud.kernels.row_product import row_product, row_silu
+from aloud.kernels.rms_norm import normed, rms_norm, rms_norm_reference
+from aloud.kernels.row_product import row_product
+from aloud.kernels.swiglu import rounded_swiglu, swiglu, swiglu_reference
 from aloud.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton
 
 
@@ -43,8 +46,7 @@ def norm_linear_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, weigh
 
 def norm_swiglu_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, gate_up: torch.Tensor) -> torch.Tensor:
     """The definition of `norm_swiglu`."""
-    gate, up = row_product(rms_norm_reference(x, gain, eps), gate_up).chunk(2, dim=-1)
-    return row_silu(gate) * up
+    return swiglu_reference(row_product(rms_norm_reference(x, gain, eps), gate_up))
 
 
 @triton.jit
@@ -212,9 +214,8 @@ def _store_swiglu(products, y_ptr, row, outputs, rows):
     """Store silu(gate) * up of products [gates, then ups; rows], rounding the products, silu and y."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     gate, up = split_pairs(products.to(dtype).to(tl.float32))
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     output = tl.program_id(0) * gate.shape[0] + tl.arange(0, gate.shape[0])
-    _store(silu * up, y_ptr, output, row, outputs // 2, rows)
+    _store(rounded_swiglu(gate, up, dtype), y_ptr, output, row, outputs // 2, rows)
 
 
 @triton.jit
@@ -252,14 +253,31 @@ def plan_norm_swiglu(
     return plan_product(norm_swiglu_kernel, arguments, x, gate_up, y, capability=capability, paired=True)
 
 
+def linear_residual_by_library(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """`linear_residual` of many rows, whose product is cuBLAS's."""
+    return residual + F.linear(x, weight)
+
+
+def norm_linear_by_library(x: torch.Tensor, gain: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
+    """`norm_linear` of many rows, whose product is cuBLAS's."""
+    return F.linear(rms_norm(x, gain, eps), weight)
+
+
+def norm_swiglu_by_library(x: torch.Tensor, gain: torch.Tensor, eps: float, gate_up: torch.Tensor) -> torch.Tensor:
+    """`norm_swiglu` of many rows, whose products are cuBLAS's."""
+    return swiglu(F.linear(rms_norm(x, gain, eps), gate_up))
+
+
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """residual + x W^T: x [rows, inputs], weight [outputs, inputs], residual [rows, outputs] -> [rows, outputs]."""
     sizes: dict[str, int] = {}
     check("x", x, "rows inputs", sizes)
     check("weight", weight, "outputs inputs", sizes, dtype=x.dtype, device=x.device)
     check("residual", residual, "rows outputs", sizes, dtype=x.dtype, device=x.device)
-    if x.device.type == "cpu" or x.shape[0] > MAX_ROWS:
+    if not x.is_cuda:
         return linear_residual_reference(x, weight, residual)
+    if x.shape[0] > MAX_ROWS:
+        return linear_residual_by_library(x, weight, residual)
     launch = plan_linear_residual(x, weight, residual, capability=capability(x.device))
     launch.run()
     return launch.outputs[0]
@@ -271,8 +289,10 @@ def norm_linear(x: torch.Tensor, gain: torch.Tensor, eps: float, weight: torch.T
     check("x", x, "rows inputs", sizes)
     check("gain", gain, "inputs", sizes, dtype=x.dtype, device=x.device)
     check("weight", weight, "outputs inputs", sizes, dtype=x.dtype, device=x.device)
-    if x.device.type == "cpu" or x.shape[0] > MAX_ROWS:
+    if not x.is_cuda:
         return norm_linear_reference(x, gain, eps, weight)
+    if x.shape[0] > MAX_ROWS:
+        return norm_linear_by_library(x, gain, eps, weight)
     launch = plan_norm_linear(x, gain, eps, weight, capability=capability(x.device))
     launch.run()
     return launch.outputs[0]
@@ -290,8 +310,10 @@ def norm_swiglu(x: torch.Tensor, gain: torch.Tensor, eps: float, gate_up: torch.
     check("gate_up", gate_up, "twice_width inputs", sizes, dtype=x.dtype, device=x.device)
     if sizes["twice_width"] % 2:
         raise ValueError(f"gate_up must have an even number of rows, got {sizes['twice_width']}")
-    if x.device.type == "cpu" or x.shape[0] > MAX_ROWS:
+    if not x.is_cuda:
         return norm_swiglu_reference(x, gain, eps, gate_up)
+    if x.shape[0] > MAX_ROWS:
+        return norm_swiglu_by_library(x, gain, eps, gate_up)
     launch = plan_norm_swiglu(x, gain, eps, gate_up, capability=capability(x.device))
     launch.run()
     return launch.outputs[0]

@@ -7,17 +7,19 @@
 The draw needs all of a row's logits, which many programs make. For one or two rows they leave them in scratch memory
 and count themselves; the one that counts last draws and gathers, so that all of it is one launch. A token's noise does
 not depend on its logit: each program makes that of its own tokens, so that its logarithms in double precision, slow on
-many chips, are spread over all of them.
+many chips, are spread over all of them. For more rows, the head's launch, or a library's product, is one step and the
+draw with the gather another.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from aloud.kernels.check import check
-from aloud.kernels.codebook_head import codebook_head_reference, plan_codebook_head
+from aloud.kernels.codebook_head import codebook_head_by_library, codebook_head_reference, plan_codebook_head
 from aloud.kernels.draw import WORD, as_int32, draw, draw_rows, gumbel, warps_for_tokens
 from aloud.kernels.embedding import embed_code_reference
 from aloud.kernels.launch import PROGRAMMATIC_LAUNCH_CAPABILITY, Launch, capability, next_power_of_2, require_rows
@@ -215,6 +217,39 @@ def _gather(
 # --- plan and entry ---------------------------------------------------------------------------------------------------
 
 
+def plan_draw_embed(
+    logits: torch.Tensor,
+    *,
+    seed: torch.Tensor,
+    frame: torch.Tensor,
+    codebook: int,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    table: torch.Tensor,
+    vocabulary: int,
+    capability: int,
+) -> Launch:
+    """The draw from logits float32 [rows, tokens] and the gather behind it, for any number of rows."""
+    require_rows(logits=logits, table=table)
+    rows, tokens = logits.shape
+    arguments, outputs = _draw_arguments(rows, seed, frame, codebook, temperature, top_k, table, vocabulary)
+    programmatic = capability >= PROGRAMMATIC_LAUNCH_CAPABILITY
+    block_tokens = next_power_of_2(tokens)
+    return Launch(
+        draw_embed_kernel,
+        grid=(rows,),
+        arguments={"logits_ptr": logits.contiguous(), "outputs": tokens, **arguments},
+        constants={
+            "BLOCK_TOKENS": block_tokens,
+            "BLOCK_EMBEDDING": next_power_of_2(table.shape[1]),
+            "PROGRAMMATIC": programmatic,
+        },
+        num_warps=warps_for_tokens(block_tokens),
+        programmatic=programmatic,
+        outputs=outputs,
+    )
+
+
 def plan_next_code(
     x: torch.Tensor,
     gain: torch.Tensor,
@@ -236,9 +271,45 @@ def plan_next_code(
     """The one or two launches behind `next_code`, for up to 64 rows; the last one's outputs are the results."""
     require_rows(x=x, gain=gain, heads=heads, table=table)
     rows = x.shape[0]
-    tokens = torch.empty(rows, dtype=torch.int64, device=x.device)
-    embedded = torch.empty(rows, table.shape[1], dtype=table.dtype, device=x.device)
-    block_tokens = next_power_of_2(drawable)
+    if rows <= FUSED_ROWS:
+        weight = heads[head, :drawable]
+        arguments, outputs = _draw_arguments(rows, seed, frame, codebook, temperature, top_k, table, vocabulary)
+        arguments |= {"gain_ptr": gain, "eps": eps, "finished_ptr": scratch.finished}
+        launch = plan_product(next_code_kernel, arguments, x, weight, scratch.row_tokens, capability=capability)
+        constants = {
+            **launch.constants,
+            "BLOCK_ROWS": next_power_of_2(rows),
+            "BLOCK_TOKENS": next_power_of_2(drawable),
+            "BLOCK_EMBEDDING": next_power_of_2(table.shape[1]),
+        }
+        return (replace(launch, constants=constants, outputs=outputs),)
+    product = plan_codebook_head(x, gain, eps, heads[:, :drawable], head, capability=capability)
+    return product, plan_draw_embed(
+        product.outputs[0],
+        seed=seed,
+        frame=frame,
+        codebook=codebook,
+        temperature=temperature,
+        top_k=top_k,
+        table=table,
+        vocabulary=vocabulary,
+        capability=capability,
+    )
+
+
+def _draw_arguments(
+    rows: int,
+    seed: torch.Tensor,
+    frame: torch.Tensor,
+    codebook: int,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    table: torch.Tensor,
+    vocabulary: int,
+) -> tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor]]:
+    """What both kernels take for the draw and the gather, and where they leave tokens and embeddings."""
+    tokens = torch.empty(rows, dtype=torch.int64, device=table.device)
+    embedded = torch.empty(rows, table.shape[1], dtype=table.dtype, device=table.device)
     arguments = {
         "seed_ptr": seed.contiguous(),
         "frame_ptr": frame.contiguous(),
@@ -252,24 +323,7 @@ def plan_next_code(
         "first_entry": codebook * vocabulary,
         "embedding_size": table.shape[1],
     }
-    constants = {"BLOCK_TOKENS": block_tokens, "BLOCK_EMBEDDING": next_power_of_2(table.shape[1])}
-    if rows <= FUSED_ROWS:
-        weight = heads[head, :drawable]
-        arguments |= {"gain_ptr": gain, "eps": eps, "finished_ptr": scratch.finished}
-        launch = plan_product(next_code_kernel, arguments, x, weight, scratch.row_tokens, capability=capability)
-        constants |= launch.constants | {"BLOCK_ROWS": next_power_of_2(rows)}
-        return (replace(launch, constants=constants, outputs=(tokens, embedded)),)
-    product = plan_codebook_head(x, gain, eps, heads[:, :drawable], head, capability=capability)
-    programmatic = capability >= PROGRAMMATIC_LAUNCH_CAPABILITY
-    return product, Launch(
-        draw_embed_kernel,
-        grid=(rows,),
-        arguments={"logits_ptr": product.outputs[0], "outputs": drawable, **arguments},
-        constants={**constants, "PROGRAMMATIC": programmatic},
-        num_warps=warps_for_tokens(block_tokens),
-        programmatic=programmatic,
-        outputs=(tokens, embedded),
-    )
+    return arguments, (tokens, embedded)
 
 
 def next_code(
@@ -317,39 +371,27 @@ def next_code(
         raise ValueError(f"there is no head {head} with {drawable} of {vocabulary} tokens to draw in {sizes}")
     if not 0 <= codebook <= WORD or (codebook + 1) * vocabulary > sizes["entries"]:
         raise ValueError(f"the table of {sizes['entries']} entries has no codebook {codebook} of {vocabulary} tokens")
-    if not x.is_cuda or sizes["rows"] > MAX_ROWS:
-        return next_code_reference(
-            x,
-            gain,
-            eps,
-            heads,
-            head,
-            drawable=drawable,
-            seed=seed,
-            frame=frame,
-            codebook=codebook,
-            temperature=temperature,
-            top_k=top_k,
-            table=table,
-            vocabulary=vocabulary,
+    draw_of: dict[str, Any] = {
+        "seed": seed,
+        "frame": frame,
+        "codebook": codebook,
+        "temperature": temperature,
+        "top_k": top_k,
+        "table": table,
+        "vocabulary": vocabulary,
+    }
+    if not x.is_cuda:
+        return next_code_reference(x, gain, eps, heads, head, drawable=drawable, **draw_of)
+    device_capability = capability(x.device)
+    launches: tuple[Launch, ...]
+    if sizes["rows"] > MAX_ROWS:
+        logits = codebook_head_by_library(x, gain, eps, heads[:, :drawable], head)
+        launches = (plan_draw_embed(logits, **draw_of, capability=device_capability),)
+    else:
+        scratch = scratch or allocate_scratch(drawable, x.device)
+        launches = plan_next_code(
+            x, gain, eps, heads, head, drawable=drawable, **draw_of, scratch=scratch, capability=device_capability
         )
-    launches = plan_next_code(
-        x,
-        gain,
-        eps,
-        heads,
-        head,
-        drawable=drawable,
-        seed=seed,
-        frame=frame,
-        codebook=codebook,
-        temperature=temperature,
-        top_k=top_k,
-        table=table,
-        vocabulary=vocabulary,
-        scratch=scratch or allocate_scratch(drawable, x.device),
-        capability=capability(x.device),
-    )
     for launch in launches:
         launch.run()
     tokens, embedded = launches[-1].outputs

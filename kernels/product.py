@@ -27,7 +27,7 @@ from aloud.kernels.triton_language import tl, triton
 MATRIX_ROWS = 16
 """From this many rows on, products are on tensor cores."""
 MAX_ROWS = 64
-"""Up to this many rows, products are by these kernels; more are cuBLAS's, by way of the references."""
+"""Up to this many rows, products are by these kernels; more are cuBLAS's, between smaller kernels of ours."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,20 @@ def choose_blocks(rows: int, outputs: int, inputs: int, element_size: int, *, pa
     GPU's multiprocessors: with 256, an H200's 132 are busy for 97 % of the time.
 
     Tensor cores take 16 rows of weight at least; more of them read x less often from the level-2 cache, but leave
-    multiprocessors idle where outputs are few. Blocks of k are 256 bytes long and four stages deep: 12 KB of weights
-    under way in each program at 16 outputs, 24 KB at 32. float32 goes to vector units there too, in smaller blocks.
+    multiprocessors idle where outputs are few: as many as leave 256 programs, and no more than 32 or the rows of x,
+    with which x is half of what a program reads. Blocks of k are 256 bytes long and four stages deep: 12 KB of weights
+    under way in each program at 16 outputs, 48 KB at 64. float32 goes to vector units there too, in smaller blocks.
     """
     if rows >= MATRIX_ROWS:
-        wide = outputs > 4096 and element_size < 4
         block_rows = next_power_of_2(rows)
+        wide = min(next_power_of_2(outputs) // 256, max(32, block_rows))
         return Blocks(
-            outputs=32 if wide else 16,
+            outputs=max(16, wide) if element_size < 4 else 16,
             rows=block_rows,
             inputs=128 if element_size < 4 else 32,
             matrix=True,
             num_warps=8 if block_rows > 32 and element_size < 4 else 4,
-            num_stages=4,
+            num_stages=3 if wide > 32 else 4,
         )
     block_inputs = next_power_of_2(inputs)
     row_bytes = block_inputs * element_size

@@ -154,6 +154,15 @@ def test_faults(stack, instructions, reads_weights, fault):
     assert fault is None or fault in report.faults[0]
 
 
+@pytest.mark.parametrize(("capability", "most"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)])
+def test_more_shared_memory_than_there_is(capability, most):
+    """It compiles, and would fail at its first launch."""
+    for more in (0, 1):
+        report = aot.make_report("kernel", capability, 32, 0, most * 1024 + more, [WIDE], reads_weights=True)
+        assert len(report.faults) == more
+    assert "bytes of shared memory, of" in report.faults[0]
+
+
 @pytest.mark.parametrize("broken", [False, True], ids=["fine", "a kernel does not compile"])
 def test_exit_status_and_document(broken, capsys):
     job = aot.Job("case", 0, torch.bfloat16, 1, 90)

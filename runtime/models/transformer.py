@@ -14,7 +14,8 @@ import torch
 
 from aloud.kernels.attention import attention_output
 from aloud.kernels.linear import linear_residual, norm_swiglu
-from aloud.kernels.rope import Rope, norm_qkv_rope, rope_table
+from aloud.kernels.qkv import norm_qkv_rope
+from aloud.kernels.rope import Rope, rope_table
 
 
 @dataclass(frozen=True)

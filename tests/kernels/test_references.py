@@ -27,8 +27,9 @@ from aloud.kernels.attention import attention_output
 from aloud.kernels.codebook_head import codebook_head
 from aloud.kernels.embedding import embed_code, embed_frame
 from aloud.kernels.linear import linear_residual, norm_linear, norm_swiglu
+from aloud.kernels.qkv import norm_qkv_rope
 from aloud.kernels.rms_norm import rms_norm
-from aloud.kernels.rope import Llama3Scaling, Rope, norm_qkv_rope, rope_frequencies, rope_table
+from aloud.kernels.rope import Llama3Scaling, Rope, rope_frequencies, rope_table
 from aloud.kernels.row_product import row_product
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aloud import Runtime, Sampling, Segment
-from aloud.kernels import attention, embedding, linear, next_code, rope
+from aloud.kernels import attention, embedding, linear, next_code, qkv
 from aloud.kernels.launch import Launch
 from aloud.models import csm, transformer
 from aloud.models.csm import CsmState
@@ -22,7 +22,7 @@ from oracle import csm as oracle
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a device")
 OPERATIONS: dict[str, tuple[tuple[Any, ...], Callable[..., Launch | tuple[Launch, ...]]]] = {
-    "norm_qkv_rope": ((transformer,), rope.plan_norm_qkv_rope),
+    "norm_qkv_rope": ((transformer,), qkv.plan_norm_qkv_rope),
     "attention_output": ((transformer,), attention.plan_attention_output),
     "norm_swiglu": ((transformer,), linear.plan_norm_swiglu),
     "linear_residual": ((transformer,), linear.plan_linear_residual),
