@@ -170,12 +170,12 @@ class Loop(Driven):
     @property
     def is_idle(self) -> bool:
         """Whether no stream waits or runs."""
-        return not self._inbox and not self._waiting and len(self._free) == len(self._streams)
+        return not self._inbox and not self._waiting.count and len(self._free) == len(self._streams)
 
     @property
     def waiting(self) -> int:
         """Streams that wait for a slot."""
-        return len(self._inbox) + len(self._waiting)
+        return len(self._inbox) + self._waiting.count
 
     @property
     def used_slots(self) -> int:
@@ -259,8 +259,10 @@ class Loop(Driven):
 
     def _admit(self) -> None:
         """Give slots to streams that wait for one."""
+        if not self._waiting.count and not self._giving:
+            return
         self._make_room()
-        while self._free and self._waiting:
+        while self._free and self._waiting.count:
             stream = self._waiting.pop()
             job, slot = stream.job, self._free.popleft()
             stream.slot = slot
@@ -456,8 +458,11 @@ class Loop(Driven):
                 )
         for row in ordinary:
             stream = flight.streams[row]
-            stream.frames.append((frame, row))
-            if len(stream.frames) >= BUFFERED_FRAMES:
+            frames = stream.frames
+            if frames:
+                stream.keep_own()
+            frames.append([(frame, row)])
+            if len(frames) >= BUFFERED_FRAMES:
                 self._hold(stream)
 
     def _deliver_special(
@@ -475,13 +480,15 @@ class Loop(Driven):
         elif ended:
             self._finish(stream, "end")
         else:
-            stream.frames.append((frame, row))
+            stream.keep_own()
+            stream.frames.append([(frame, row)])
             self._finish(stream, guard or "length")
 
     def _hold(self, stream: Stream) -> None:
         if stream.held:  # this frame was in flight when it was held
             return
         stream.held = True
+        stream.keep_own()
         self._held.append(stream)
         self.scheduler.hold(stream.slot)
 
@@ -514,6 +521,7 @@ class Loop(Driven):
 
     def _release(self, stream: Stream) -> None:
         """Free the slot of a stream that is over or suspended."""
+        stream.keep_own()
         if stream.is_over:
             stream.suspended = None
         slot, stream.slot = stream.slot, -1

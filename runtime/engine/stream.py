@@ -89,17 +89,30 @@ class Stream:
         self.gives_slot = False  # whether it is to be suspended, once none of its frames is in flight
         self.keeps_slot = False  # whether it is never asked to: its copy found no memory
         self.suspended: Suspended | None = None  # while it waits for a slot again
-        self.frames: deque[tuple[HostFrame, int]] = deque()  # a frame of several streams, and the row of this one
+        # Each is a list of one: a frame of several streams with the row of this one, which `keep_own` may exchange while
+        # another thread takes it.
+        self.frames: deque[list[tuple[HostFrame, int]]] = deque()
 
     @property
     def is_over(self) -> bool:
         """Whether no more frames will be made."""
         return self.finish_reason is not None or self.error is not None
 
+    def keep_own(self) -> None:
+        """Let go of the other rows of the newest frame: a batch's memory shall not wait for who takes its frames late."""
+        try:
+            entry = self.frames[-1]
+        except IndexError:
+            return
+        frame, row = entry[0]
+        if len(frame.codes) > 1:
+            parts = (part[row : row + 1].copy() for part in (frame.codes, frame.samples, frame.power, frame.ended))
+            entry[0] = HostFrame(*parts, frame.seconds), 0
+
     def take(self) -> Spoken | None:
         """The oldest frame that nobody has taken, if there is one."""
         try:
-            frame, row = self.frames.popleft()
+            frame, row = self.frames.popleft()[0]
         except IndexError:
             return None
         # Copies: a row of the whole batch's frame would keep all of it in memory.

@@ -9,13 +9,14 @@ from aloud.engine.stream import Stream
 
 
 class WaitingLine:
-    """Streams that wait for a slot; those of one rank are served in the order in which they came."""
+    """Streams that wait for a slot; those of one rank are served in the order in which they came.
+
+    count: how many they are, which is asked at every step.
+    """
 
     def __init__(self) -> None:
         self._by_rank: tuple[deque[Stream], ...] = (deque(), deque(), deque(), deque())
-
-    def __len__(self) -> int:
-        return sum(map(len, self._by_rank))
+        self.count = 0
 
     def __iter__(self) -> Iterator[Stream]:
         """In the order in which they get a slot."""
@@ -30,16 +31,20 @@ class WaitingLine:
     def add(self, stream: Stream) -> None:
         """At the end of its rank."""
         self._by_rank[_rank(stream)].append(stream)
+        self.count += 1
 
     def remove(self, stream: Stream) -> None:
         """Wherever it stands, if it does."""
         of_rank = self._by_rank[_rank(stream)]
         if stream in of_rank:
             of_rank.remove(stream)
+            self.count -= 1
 
     def pop(self) -> Stream:
         """The one that gets the next slot. Raises `StopIteration` when nobody waits."""
-        return next(of_rank for of_rank in self._by_rank if of_rank).popleft()
+        stream = next(of_rank for of_rank in self._by_rank if of_rank).popleft()
+        self.count -= 1
+        return stream
 
     def without_slot(self, newcomer: Stream, room: int) -> int:
         """Refusable streams that will still wait, before `newcomer`, when `room` slots have been given out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from aloud.engine.loop import Loop
 from aloud.engine.slots import allocate_slots
-from aloud.engine.steps import EagerSteps
+from aloud.engine.steps import EagerSteps, Launched
 from aloud.engine.stream import Job, Spoken, Stream
 from aloud.errors import LogitsNotFinite, Overloaded, StepFailed
 from aloud.request import Guards, Prompt, Sampling
@@ -241,6 +242,32 @@ def test_a_stream_that_nobody_takes_from_holds_back_itself_alone() -> None:
     assert len(idle.frames) == 64
     assert len(all_of(loop, idle)) == 200
     assert [stream.frames for stream in model.started] == [200, 200]
+
+
+def test_frames_that_nobody_takes_do_not_keep_their_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand streams' frame is megabytes; one of them that is taken late keeps kilobytes of it."""
+    batches: list[weakref.ref[np.ndarray]] = []
+    launch = EagerSteps.launch
+
+    def watched(self: EagerSteps[State], slots: np.ndarray) -> Launched:
+        launched = launch(self, slots)
+        batches.append(weakref.ref(launched.read().samples))
+        return launched
+
+    monkeypatch.setattr(EagerSteps, "launch", watched)
+    loop = loop_of(ScriptedModel())
+    late = [loop.submit(job(seed, max_frames=100)) for seed in range(3)]
+    ended = loop.submit(job(9, max_frames=5))
+    most = 0
+    for _ in range(70):
+        loop.step()
+        most = max(most, sum(batch() is not None for batch in batches))
+    assert len(batches) >= 64
+    assert most <= 2  # the newest, while it is handed out
+    assert sum(batch() is not None for batch in batches) == 0  # those that are held or over keep none
+    assert [len(stream.frames) for stream in late] == [64, 64, 64]
+    assert [all_of(loop, stream) for stream in late] == [[*range(1, 100), 1]] * 3
+    assert all_of(loop, ended) == [1, 2, 3, 4, 5]
 
 
 def test_waiting_for_a_slot_that_nobody_will_free_is_an_error() -> None:
