@@ -89,7 +89,7 @@ class Stream:
         self.gives_slot = False  # whether it is to be suspended, once none of its frames is in flight
         self.keeps_slot = False  # whether it is never asked to: its copy found no memory
         self.suspended: Suspended | None = None  # while it waits for a slot again
-        # Each is a list of one: a frame of several streams with the row of this one, which `keep_own` may exchange while
+        # Each is a list of one: a frame of several streams with the row of this one. `keep_own` may exchange it while
         # another thread takes it.
         self.frames: deque[list[tuple[HostFrame, int]]] = deque()
 
@@ -99,7 +99,7 @@ class Stream:
         return self.finish_reason is not None or self.error is not None
 
     def keep_own(self) -> None:
-        """Let go of the other rows of the newest frame: a batch's memory shall not wait for who takes its frames late."""
+        """Let go of the other rows of the newest frame: a batch's memory does not wait for who takes frames late."""
         try:
             entry = self.frames[-1]
         except IndexError:
