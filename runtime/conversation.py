@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,16 @@ from aloud.models.csm import CsmConfig
 from aloud.request import Prompt
 from aloud.text.csm import Turn, build_prompt
 from aloud.voice import Voice
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A turn, and what of it was spoken here: a text and frames, of one of the pieces of an utterance."""
+
+    prompt: Prompt
+    text_positions: int = 0
+    frames: int = 0
+    utterance: object = None  # that it is a piece of; None: it was heard
 
 
 class Conversation:
@@ -33,7 +44,7 @@ class Conversation:
         self._config = config
         self._voice = None if voice is None else voice.prefix
         self._cached = self._voice
-        self._turns: list[Prompt] = []
+        self._turns: list[_Turn] = []
         self._pinned = 0  # turns at the beginning
         self._max_positions = max_positions
         self._when_read = when_read
@@ -43,7 +54,7 @@ class Conversation:
     @property
     def positions(self) -> int:
         """Positions of the voice and all turns."""
-        return _positions(self._voice) + sum(len(turn) for turn in self._turns)
+        return _positions(self._voice) + sum(len(turn.prompt) for turn in self._turns)
 
     @property
     def cached_positions(self) -> int:
@@ -64,11 +75,11 @@ class Conversation:
     @property
     def turns(self) -> tuple[Prompt, ...]:
         """The turns that are still there, oldest first."""
-        return tuple(self._turns)
+        return tuple(turn.prompt for turn in self._turns)
 
     def add(self, turn: Prompt) -> None:
         """A turn that was heard."""
-        self._turns.append(turn)
+        self._turns.append(_Turn(turn))
 
     def pin(self) -> None:
         """Keep the turns that are there now for good."""
@@ -78,15 +89,43 @@ class Conversation:
         """Forget the turn that was added last, which has not been read."""
         self._turns.pop()
 
-    def add_spoken(self, text: Prompt, codes: torch.Tensor, read: Prefix | None) -> None:
+    def add_spoken(self, text: Prompt, codes: torch.Tensor, read: Prefix | None, utterance: object) -> None:
         """A turn that was spoken here: its text, its codes int64 [frames, codebooks], and what has been read by then.
 
         `read` is of the prompt that `prompt_for` gave, with the text, and frames; None where nothing was kept.
+        `utterance`: the same for all pieces of one text.
         """
-        audio = build_prompt(self._config, [Turn([], codes)])
-        self._turns.append(join([text, audio]))
+        self._turns.append(self._spoken(text, codes, utterance))
         if read is not None:
             self.has_read(read)
+
+    def keep_heard(self, utterance: object, frames: int) -> None:
+        """Of an utterance that was spoken here, keep so many frames: the rest was never heard.
+
+        Of a piece that was heard in part, the text stays whole. What follows the cut has to be read again, and with it
+        all but the voice.
+        """
+        turns: list[_Turn] = []
+        unchanged: int | None = None  # positions up to the cut
+        for turn in self._turns:
+            kept = turn
+            is_cut = turn.utterance is utterance and frames < turn.frames
+            if is_cut:
+                codes = turn.prompt.codes[turn.text_positions :][:frames]
+                kept = self._spoken(turn.prompt[: turn.text_positions], codes, utterance)
+                if unchanged is None:
+                    before = sum(len(other.prompt) for other in turns)
+                    unchanged = _positions(self._voice) + before + (kept.text_positions + frames if frames else 0)
+            frames -= kept.frames if turn.utterance is utterance else 0
+            if kept.frames or not is_cut:
+                turns.append(kept)
+        self._turns = turns
+        if unchanged is not None and self.cached_positions > unchanged:
+            self.forget_read()
+
+    def _spoken(self, text: Prompt, codes: torch.Tensor, utterance: object) -> _Turn:
+        audio = build_prompt(self._config, [Turn([], codes)])
+        return _Turn(join([text, audio]), len(text), len(codes), utterance)
 
     def has_read(self, read: Prefix) -> None:
         """The voice and the turns up to now have been read, but for what may follow the prefix."""
@@ -101,7 +140,7 @@ class Conversation:
     def to_read(self) -> tuple[Prefix | None, Prompt | None]:
         """The cached prefix, and the positions of turns behind it, if there are any."""
         cached = self._cached  # once: another thread may let it go
-        prompt = join(self._turns)[_positions(cached) - _positions(self._voice) :] if self._turns else None
+        prompt = join(self.turns)[_positions(cached) - _positions(self._voice) :] if self._turns else None
         return cached, prompt if prompt is not None and len(prompt) else None
 
     def prompt_for(self, text: Prompt, frames: int) -> tuple[Prefix | None, Prompt]:
@@ -140,7 +179,7 @@ class Conversation:
             is_last = first == len(self._turns) - 1  # which stays if it fits at all: it may just have been heard
             if total <= (positions if is_last else target):
                 break
-            total -= len(self._turns[first])
+            total -= len(self._turns[first].prompt)
             first += 1
         self.dropped_turns += first - self._pinned
         del self._turns[self._pinned : first]
@@ -150,7 +189,7 @@ class Conversation:
     @property
     def _kept_positions(self) -> int:
         """Positions of the voice and the pinned turns."""
-        return _positions(self._voice) + sum(len(turn) for turn in self._turns[: self._pinned])
+        return _positions(self._voice) + sum(len(turn.prompt) for turn in self._turns[: self._pinned])
 
 
 def join(prompts: Sequence[Prompt]) -> Prompt:

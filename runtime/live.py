@@ -378,6 +378,7 @@ class Engine:
         keeps_context: bool,
         is_taken: bool = False,
         when_over: Callable[[], None] = lambda: None,
+        keep_heard: Callable[[object, float], None] = lambda mark, heard_seconds: None,
     ) -> LiveSpeech:
         """Speech of a text behind a conversation, which is asked for when it begins."""
         self._check_open(is_taken)
@@ -413,6 +414,7 @@ class Engine:
             seed=manner.seed,
             guards=manner.guards,
             when_over=when_over,
+            keep_heard=keep_heard,
         )
         with self._lock:
             self._speeches.add(speech)

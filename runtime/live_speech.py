@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from types import TracebackType
@@ -43,8 +44,12 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         seed: int,
         guards: Guards,
         when_over: Callable[[], None] = lambda: None,
+        keep_heard: Callable[[object, float], None] = lambda mark, heard_seconds: None,
     ) -> None:
-        """Of a function that makes the utterance, and may block for long, to encode audio."""
+        """Of a function that makes the utterance, and may block for long, to encode audio.
+
+        keep_heard: is told the mark of an utterance that is over, and how many seconds of it were heard.
+        """
         self.seed = seed
         self.guards = guards
         self._loop = loop
@@ -52,6 +57,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         self._begin = begin
         self._begin_blocks = begin_blocks
         self._when_over = when_over
+        self._keep_heard = keep_heard
         self._utterance: Utterance | None = None
         self._is_over = False
         self._is_closed = False  # the engine, before this was over
@@ -150,6 +156,21 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
     def cancel(self) -> None:
         """Stop at once; may be called from anywhere."""
         self._stop("cancelled")
+
+    def interrupt(self, heard_seconds: float) -> None:
+        """Stop at once, because the listener interrupts, who has heard so much; also when it is over, but still played.
+
+        In a session, no more than that stays context for what follows; of the last sentence, all of its text does. The
+        next turn then reads all but the voice again.
+
+        Raises `RequestError` for what is no number of seconds, and `SessionBusy` when the session has gone on.
+        """
+        is_number = isinstance(heard_seconds, (int, float)) and not isinstance(heard_seconds, bool)
+        if not is_number or not 0 <= heard_seconds < math.inf:
+            raise RequestError(f"heard_seconds must be a number of seconds, 0 or more, got {heard_seconds!r}.")
+        self.cancel()
+        if self._utterance is not None:
+            self._keep_heard(self._utterance.mark, heard_seconds)
 
     async def aclose(self) -> None:
         """As `cancel`; what `contextlib.aclosing` calls."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,8 +37,9 @@ class Session:
     """A conversation over many turns; `Engine.session` makes it.
 
     It does one thing at a time: what is asked for while something runs raises `SessionBusy`. What was spoken and heard
-    is context for what follows, also the part of a turn that was handed out before it was cancelled. When the model's
-    context is full, the oldest turns are dropped whole; the voice stays.
+    is context for what follows, also the part of a turn that was handed out before it was cancelled, or that part of it
+    which was heard, if `LiveSpeech.interrupt` says so. When the model's context is full, the oldest turns are dropped
+    whole; the voice stays.
     """
 
     def __init__(self, engine: Engine, manner: Request, conversation: Conversation) -> None:
@@ -126,6 +128,7 @@ class Session:
                 keeps_context=True,
                 is_taken=is_taken,
                 when_over=release,
+                keep_heard=self._keep_heard,
             )
         except BaseException:
             release()
@@ -140,6 +143,13 @@ class Session:
         """As `speak`; blocks."""
         speech = self.stream(text, seed=seed, max_seconds=max_seconds, pace="full")
         return self._engine.joined(list(speech), speech)
+
+    def _keep_heard(self, utterance: object, heard_seconds: float) -> None:
+        """Of one of its utterances, which is over, keep what was heard."""
+        with self._busy():
+            # A frame of which anything was heard counts as heard; no rounding adds one to a whole number of frames.
+            frames = math.ceil(heard_seconds * self._engine.runtime.frame_rate - 1e-6)
+            self._conversation.keep_heard(utterance, frames)
 
     def _turn(self, segment: Segment) -> Prompt:
         """A turn of somebody else as tokens."""

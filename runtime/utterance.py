@@ -53,6 +53,7 @@ class Manner:
 class Utterance:
     """A text on its way to speech.
 
+    mark: what its turns in the conversation are known by.
     keeps_context: whether what was spoken is wanted in the conversation afterwards, as in a session.
     """
 
@@ -80,6 +81,7 @@ class Utterance:
         self._clock = clock or loop.now
         self._run_job = submit or loop.submit
         self._changing = threading.RLock()  # it may be cancelled from another thread than the one that advances it
+        self.mark = object()
         self._splitter = Splitter()
         self._pieces: deque[str] = deque()
         self._text_is_over = False
@@ -239,7 +241,7 @@ class Utterance:
         """Put the piece and what was handed out of it into the conversation."""
         if self._text is not None and self._codes:
             codes = torch.from_numpy(np.stack(self._codes))
-            self._conversation.add_spoken(self._text, codes, read)
+            self._conversation.add_spoken(self._text, codes, read, self.mark)
         self._text, self._codes = None, []
 
     def _draws(self) -> bool:

@@ -9,7 +9,7 @@ A context is a conversation: what it has spoken is what its next words follow on
 | `input.text` * | `text` | more of the context's text; it is spoken as soon as a clause is whole |
 | `input.flush` * | | the turn's text is complete: all of it is spoken, and what comes next is a new turn |
 | `input.done` * | | as flush, and the context ends with it |
-| `input.cancel` * | | stop at once and forget the text not yet spoken (barge-in); the context stays, with what was made by then, which may be more than was heard |
+| `input.cancel` * | `heard_seconds` since `audio.start`, if it is known how far it was played | stop at once and forget the text not yet spoken (barge-in); the context stays, with what was heard, or without `heard_seconds`, with all that was sent |
 | `session.close` | | end at once |
 
 | from the server | fields | when |
@@ -33,7 +33,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ from fastapi import APIRouter, WebSocket
 
 from aloud.audio import Audio
 from aloud.live import Engine
+from aloud.live_speech import LiveSpeech
 from aloud.server.connection import Connection, Door, SocketLimits
 from aloud.server.encode import FORMATS, Encoder, Encoders
 from aloud.server.metrics import Metrics, Progress
@@ -57,6 +58,9 @@ from aloud.server.websocket_messages import (
     SessionConfig,
 )
 from aloud.session import Session
+
+PLAYED_TURNS = 16
+"""Turns of which a listener may still hear some: what is sent is seconds ahead, and turns are at least a frame."""
 
 
 def websocket_routes(
@@ -91,6 +95,8 @@ class Turn:
     def __init__(self) -> None:
         self.characters = 0
         self.sent_seconds = 0.0
+        self.starts_at = 0.0  # in seconds of audio since `audio.start`
+        self.speech: LiveSpeech | None = None
         self.ending: Literal["flushed", "done"] | None = None
         self.progress = Progress(time.monotonic())
         self.has_ended = asyncio.Event()
@@ -132,6 +138,7 @@ class Context:
         self.lead_seconds = lead_seconds
         self.encoder: Encoder | None = None  # of the bytes since `audio.start`
         self.turns: list[Turn] = []  # the first is being spoken, the last takes text until it has an ending
+        self.spoken: deque[Turn] = deque(maxlen=PLAYED_TURNS)  # since `audio.start`; the newest may still be played
         self.task: asyncio.Task[None] | None = None
         self._encoders = encoders
         self._sample_rate = sample_rate
@@ -153,6 +160,19 @@ class Context:
         """Take no more text, as after `input.done`."""
         if not self.is_ending:
             self.open_turn(len(self.turns) + 1).end("done")
+
+    def begins(self, turn: Turn, speech: LiveSpeech) -> None:
+        """A turn begins to be spoken."""
+        turn.speech = speech
+        turn.starts_at = self.spoken[-1].starts_at + self.spoken[-1].sent_seconds if self.spoken else 0.0
+        self.spoken.append(turn)
+
+    def interrupt(self, heard_seconds: float) -> None:
+        """Forget what was sent and not heard: nobody hears it any more."""
+        for turn in self.spoken:
+            heard = heard_seconds - turn.starts_at
+            if turn.speech is not None and heard < turn.sent_seconds:
+                turn.speech.interrupt(max(0.0, heard))
 
     async def encoded(self, chunk: Audio) -> tuple[dict[str, Any] | bytes, ...]:
         """The events of a chunk."""
@@ -246,7 +266,7 @@ class SpeechSocket:
             case InputDone():
                 self._end_turn(message.context_id, "done")
             case InputCancel():
-                await self._cancel(message.context_id)
+                await self._cancel(message.context_id, message.heard_seconds)
             case SessionClose():
                 await self._connection.close()
 
@@ -277,14 +297,17 @@ class SpeechSocket:
         context.open_turn(self._limits.turns).end(ending)
         self._speak(context)
 
-    async def _cancel(self, context_id: str) -> None:
+    async def _cancel(self, context_id: str, heard_seconds: float | None) -> None:
         """Stop a context. One that is over already is as stopped as can be: who interrupts cannot know."""
         context, seconds = self._contexts.get(context_id), 0.0
         if context is not None:
             turn = context.turns[0] if context.turns else None
             await _stop(context)
             seconds = turn.sent_seconds if turn is not None else 0.0
+            if heard_seconds is not None:
+                context.interrupt(heard_seconds)
             context.turns, context.encoder = [], None
+            context.spoken.clear()
         await self._connection.send(
             {"type": "audio.cancelled", "context_id": context_id, "audio_seconds": round(seconds, 3)}
         )
@@ -353,6 +376,7 @@ class SpeechSocket:
                 lead_seconds=context.lead_seconds,
                 is_taken=True,
             )
+            context.begins(turn, speech)
             async with speech:
                 async for chunk in speech:
                     turn.progress.made(chunk)

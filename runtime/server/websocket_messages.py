@@ -57,6 +57,7 @@ class InputCancel(_OfContext):
     """Stop."""
 
     type: Literal["input.cancel"]
+    heard_seconds: float | None = Field(None, ge=0, allow_inf_nan=False)
 
 
 class SessionClose(_Message):

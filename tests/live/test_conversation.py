@@ -76,7 +76,8 @@ class Heard:
 class Said:
     """A turn of one's own, of up to `bound` frames of which some are made.
 
-    way: it ended by itself, was cut at a frame, or was cancelled with less handed out.
+    way: it ended by itself, was cut at a frame, or was cancelled with less handed out; or it ended, and then somebody
+    interrupted who had heard half of it.
     """
 
     words: int
@@ -94,7 +95,9 @@ sizes = st.integers(1, 14)
 turns = st.one_of(
     st.builds(Heard, sizes, st.integers(0, 8), st.booleans()),
     st.builds(Forgotten),
-    st.builds(Said, sizes, st.integers(1, 60), st.floats(0, 1), st.sampled_from(["end", "cut", "cancelled"])),
+    st.builds(
+        Said, sizes, st.integers(1, 60), st.floats(0, 1), st.sampled_from(["end", "cut", "cancelled", "interrupted"])
+    ),
 )
 
 
@@ -176,12 +179,27 @@ def test_it_is_its_voice_and_its_last_turns(
             codes = writer.frames(made)
             spoken = join([text, *audio(codes)])
             rows = content(spoken)
-            read = {"end": len(text) + made, "cut": len(text) + made - 1, "cancelled": None}[turn.way]
+            end = len(text) + made
+            read = {"end": end, "cut": end - 1, "cancelled": None, "interrupted": end}[turn.way]
             if read is not None and whole and len(whole) - len(text) + read > POSITIONS:
                 read = POSITIONS - len(whole) + len(text)  # it filled the slot: it was cut
             conversation.add_spoken(
-                text, codes, None if read is None else cache_of(whole[: len(whole) - len(text)] + rows[:read])
+                text,
+                codes,
+                None if read is None else cache_of(whole[: len(whole) - len(text)] + rows[:read]),
+                utterance=turn,
             )
+            if turn.way == "interrupted" and made > 1:
+                everything.append(content(join([text, *audio(codes[: made // 2])])))
+                cached = read_by(conversation.to_read()[0])
+                conversation.keep_heard(turn, made // 2)
+                assert conversation.rebuilds > rebuilds  # what was read of the other half is not kept
+                rebuilds = conversation.rebuilds
+                assert read_by(conversation.to_read()[0]) == cached[:voice_positions]
+                conversation.keep_heard(turn, made)  # more than is there any more
+                conversation.keep_heard(object(), 0)  # nobody's
+                assert (kept(), conversation.rebuilds) == (kept(), rebuilds)
+                continue
             everything.append(rows)
         kept()
         if conversation.dropped_turns == dropped or cached_before is (None if voice is None else voice.prefix):

@@ -20,7 +20,7 @@ from aloud.prompt_block import PromptBlock
 from aloud.request import Prompt
 from aloud.text.csm import Turn, build_prompt, turn_text
 from live.afresh import Transcript, codes_of, never_ending, said_afresh, samples_of
-from live.quick import Held, run
+from live.quick import Held, QuickSteps, quick_runtime, run
 from oracle import csm as oracle
 from scripted import END, ByteTokenizer, ScriptedModel, prompt_positions, runtime_of, said
 
@@ -320,6 +320,88 @@ def test_what_was_handed_out_of_a_turn_that_was_left_is_context(
     expected, _ = said_afresh(made.runtime, transcript.prompt("As I said."), SAMPLING, seed + 2, 6)
     np.testing.assert_array_equal(codes, expected)
     assert session.stats.turns == 3
+
+
+@pytest.mark.parametrize("is_over", [False, True], ids=["while-it-is-made", "while-it-is-played"])
+@pytest.mark.parametrize(("heard_seconds", "frames"), [(0.0, 0), (0.05, 1), (0.16, 2), (0.17, 3), (0.48, 6), (9.0, 6)])
+def test_what_was_heard_before_an_interruption_is_context(
+    made: Made, heard_seconds: float, frames: int, is_over: bool, seed: int
+) -> None:
+    session = made.session(made.voice)
+    transcript = Transcript(made.runtime)
+    transcript.add(1, "Hello.", codes_of(say(session, "Hello.", seed, 5)))
+    speech = session.stream("A long answer.", seed=seed, max_seconds=0.48 if is_over else 4, pace="full")
+    received = [next(speech) for _ in range(6)]
+    if is_over:
+        assert list(speech) == []
+    speech.interrupt(heard_seconds)
+    if frames:
+        transcript.add(1, "A long answer.", codes_of(received[:frames]))
+    assert session.stats.turns == 1 + bool(frames)
+    assert not session.is_busy
+    codes = codes_of(say(session, "As I said.", seed + 2, 6))
+    prompt = transcript.prompt("As I said.")
+    expected, _ = said_afresh(made.runtime, prompt, SAMPLING, seed + 2, 6, made.voice)
+    np.testing.assert_array_equal(codes, expected)
+
+
+@pytest.mark.parametrize(
+    ("heard_frames", "left"), [(0, []), (3, [3]), (4, [4]), (6, [4, 2]), (12, [4, 4, 4]), (99, [4] * 3)]
+)
+def test_an_interruption_in_an_earlier_sentence(heard_frames: int, left: list[int], seed: int) -> None:
+    """Each sentence is a turn of its own: those that were not heard are no context at all."""
+    steps = QuickSteps(2)
+    steps.length_of = lambda _: 4
+    with Engine(quick_runtime(steps, 2)) as engine:
+        session, other = engine.session(), engine.session()
+        assert len(list(session.stream("Before.", seed=seed, pace="full"))) == 4
+        text = " ".join(f"{count} is said at such a length that it is no part of another one." for count in range(3))
+        speech = session.stream(text, seed=seed, pace="full")
+        received = list(speech)
+        assert len(received) == 12
+        session.hear_sync("Wait!")
+        before = session.turns
+        speech.interrupt(heard_frames * 0.08)
+        turns = session.turns
+        frames = [int((turn.text_tokens < 0).sum()) - 1 for turn in turns]
+        assert frames == [4, *left, -1]
+        assert same_turns([turns[0], turns[-1]], [before[0], before[-1]])
+        for kept, whole in zip(turns[1:-1], before[1:-1], strict=False):
+            assert same_turns([kept[: len(kept) - 1]], [whole[: len(kept) - 1]])  # all but the frame that ends it
+        for turn in turns:
+            other._conversation.add(turn)
+        after = [codes_of(list(one.stream("Go on.", seed=seed, pace="full"))) for one in (session, other)]
+        np.testing.assert_array_equal(*after)
+    assert not steps.wrong
+
+
+def test_an_interruption_of_a_turn_that_is_long_over(made: Made, seed: int) -> None:
+    session = made.session()
+    first = session.stream("One.", seed=seed, max_seconds=0.4, pace="full")
+    assert len(list(first)) == 5
+    running = session.stream("Two.", seed=seed, max_seconds=0.4, pace="full")
+    next(running)
+    with pytest.raises(errors.SessionBusy):
+        first.interrupt(0.1)
+    assert len(list(running)) == 4
+    first.interrupt(0.1)
+    audio = [int((turn.text_tokens < 0).sum()) - 1 for turn in session.turns]
+    assert audio == [2, 5]
+
+
+def test_an_interruption_outside_of_a_session_is_an_end(made: Made, seed: int) -> None:
+    speech = made.engine.stream("Hello.", seed=seed, max_seconds=4, pace="full")
+    next(speech)
+    speech.interrupt(0.02)
+    assert (speech.finish_reason, list(speech)) == ("cancelled", [])
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf"), "1", None, True])
+def test_what_is_no_number_of_seconds_is_refused(made: Made, wrong: object, seed: int) -> None:
+    speech = made.session().stream("Hello.", seed=seed, max_seconds=0.16, pace="full")
+    with pytest.raises(errors.RequestError, match="heard_seconds must be a number of seconds"):
+        speech.interrupt(wrong)  # type: ignore[arg-type]
+    assert len(list(speech)) == 2
 
 
 def test_a_turn_that_was_left_before_its_first_chunk_was_never_said(made: Made, seed: int) -> None:

@@ -140,6 +140,50 @@ class TestCancel:
             assert audio(again) != fresh
             assert audio(client.speak(SECOND, "a")) == fresh  # done forgets
 
+    @pytest.mark.parametrize(
+        ("heard_seconds", "left"),
+        [(0, [0, 0]), (0.35, [5, 0]), (0.8, [10, 0]), (1.2, [10, 5]), (1.6, [10, 10]), (60, [10, 10])],
+    )
+    def test_leaves_what_was_heard_since_audio_start(
+        self, served: Served, engine: Engine, seed: int, heard_seconds: float, left: list[int]
+    ) -> None:
+        """A player's position, whatever turn it is in; all of both has been sent by then."""
+        session = engine.session(speaker=0)
+        for text, frames in zip((FIRST, SECOND), left, strict=True):
+            speech = session.stream(text, seed=seed, max_seconds=0.8, pace="full")
+            assert len(list(speech)) == 10
+            speech.interrupt(frames * 0.08)
+        expected = pcm(session.stream(FIRST, seed=seed, max_seconds=0.8))
+        with served.connect() as client:
+            client.send("session.config", seed=seed, max_seconds=0.8)
+            for text in (FIRST, SECOND):
+                client.send("input.text", text=text)
+                client.send("input.flush")
+                client.until("audio.flushed")
+            client.send("input.cancel", heard_seconds=heard_seconds)
+            assert client.until("audio.cancelled")[-1]["audio_seconds"] == 0
+            assert audio(client.speak(FIRST)) == expected
+
+    def test_a_player_begins_anew_after_it(self, served: Served, seed: int) -> None:
+        with served.connect() as client:
+            client.send("session.config", seed=seed, max_seconds=0.8)
+            answers = []
+            for cancels in (True, False):
+                client.send("input.text", text=FIRST)
+                client.send("input.flush")
+                client.until("audio.flushed")
+                if cancels:
+                    client.send("input.cancel", heard_seconds=0)  # and what comes next is the first that is heard
+                    client.until("audio.cancelled")
+            client.send("input.cancel", heard_seconds=0.8)
+            client.until("audio.cancelled")
+            answers.append(audio(client.speak(SECOND)))
+            client.send("input.text", text=FIRST, context_id="b")
+            client.send("input.flush", context_id="b")
+            client.until("audio.flushed")
+            answers.append(audio(client.speak(SECOND, "b"), "b"))
+        assert answers[0] == answers[1]
+
     @pytest.mark.parametrize("before", ["nothing", "waiting", "queued", "done"])
     def test_is_answered_whatever_there_is_to_cancel(self, served: Served, before: str) -> None:
         with served.connect() as client:
