@@ -332,7 +332,9 @@ def _launches(name: str, dtype: torch.dtype, rows: int, capability: int) -> tupl
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's own arguments."""
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, metavar="CASE", help="default: all")
-    parser.add_argument("--capabilities", nargs="+", type=int, default=CAPABILITIES, help="default: all of them")
+    parser.add_argument(
+        "--capabilities", nargs="+", type=int, default=CAPABILITIES, choices=CAPABILITIES, help="default: all"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compiling at once (default: all cores)")
     parser.set_defaults(run=run)
 

@@ -6,7 +6,8 @@
 
 Weights are [outputs, inputs], rows of x are independent of each other, sums are in float32, and each product, silu and
 sum is rounded to x's dtype, as the references round. How weights stream and how many a program owns: product.py. For
-more rows than these kernels take, the products are cuBLAS's (`..._by_library`), with kernels before and behind them.
+more rows than these kernels take, the products are cuBLAS's (`..._by_library`), with kernels before and behind them;
+where it splits a sum, it may round the parts.
 """
 
 from __future__ import annotations

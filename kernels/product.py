@@ -56,13 +56,14 @@ def choose_blocks(rows: int, outputs: int, inputs: int, element_size: int, *, pa
     Tensor cores take 16 rows of weight at least; more of them read x less often from the level-2 cache, but leave
     multiprocessors idle where outputs are few: as many as leave 256 programs, and no more than 32 or the rows of x,
     with which x is half of what a program reads. Blocks of k are 256 bytes long and four stages deep: 12 KB of weights
-    under way in each program at 16 outputs, 48 KB at 64. float32 goes to vector units there too, in smaller blocks.
+    under way in each program at 16 outputs. At 64 there are three, 32 KB under way: every architecture has the shared
+    memory for that. float32 goes to vector units there too, in smaller blocks.
     """
     if rows >= MATRIX_ROWS:
         block_rows = next_power_of_2(rows)
-        wide = min(next_power_of_2(outputs) // 256, max(32, block_rows))
+        wide = min(next_power_of_2(outputs) // 256, max(32, block_rows)) if element_size < 4 else 16
         return Blocks(
-            outputs=max(16, wide) if element_size < 4 else 16,
+            outputs=max(16, wide),
             rows=block_rows,
             inputs=128 if element_size < 4 else 32,
             matrix=True,

@@ -106,8 +106,9 @@ class Stream:
             return
         frame, row = entry[0]
         if len(frame.codes) > 1:
-            parts = (part[row : row + 1].copy() for part in (frame.codes, frame.samples, frame.power, frame.ended))
-            entry[0] = HostFrame(*parts, frame.seconds), 0
+            parts = (frame.codes, frame.samples, frame.power, frame.ended)
+            codes, samples, power, ended = (part[row : row + 1].copy() for part in parts)
+            entry[0] = HostFrame(codes, samples, power, ended, frame.seconds), 0
 
     def take(self) -> Spoken | None:
         """The oldest frame that nobody has taken, if there is one."""
