@@ -19,7 +19,7 @@ from aloud.engine.loop import Loop
 from aloud.engine.slots import allocate_slots
 from aloud.engine.steps import EagerSteps
 from aloud.engine.stream import Job, Prefix
-from aloud.errors import CodesInvalid, DeviceInvalid, EngineClosed, RequestError
+from aloud.errors import CodesInvalid, DeviceInvalid, EngineClosed, OutOfMemory, RequestError
 from aloud.models.csm import Csm, CsmConfig, CsmState
 from aloud.models.csm_score import score
 from aloud.prepare import encode, prepare, read_segments
@@ -355,8 +355,13 @@ class Runtime:
             loop.next(stream)
         finally:
             loop.cancel(stream)
-        if stream.prefix is None:
+        if stream.finish_reason == "cancelled":
             raise EngineClosed("The engine was closed while a voice was read. Make the voice again.")
+        if stream.prefix is None:
+            raise OutOfMemory(
+                f"There is no memory to keep a voice of {len(prompt)} positions. Make it shorter, drop other voices, "
+                "or load with a smaller max_streams or max_positions."
+            )
         return stream.prefix
 
     def _running(self) -> tuple[Loop, EagerSteps[CsmState] | GraphSteps[CsmState]]:

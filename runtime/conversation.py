@@ -86,8 +86,10 @@ class Conversation:
         self._pinned = len(self._turns)
 
     def take_back(self) -> None:
-        """Forget the turn that was added last, which has not been read."""
+        """Forget the turn that was added last."""
         self._turns.pop()
+        if self.cached_positions > self.positions:
+            self.forget_read()
 
     def add_spoken(self, text: Prompt, codes: torch.Tensor, read: Prefix | None, utterance: object) -> None:
         """A turn that was spoken here: its text, its codes int64 [frames, codebooks], and what has been read by then.

@@ -94,9 +94,10 @@ class Engine:
     ) -> None:
         """Allocate, compile and capture what the runtime has not yet, and start the thread.
 
-        max_waiting: requests that may wait for a slot; more are refused with `Overloaded`.
-        session_bytes: what sessions may keep read on the device, by default half of what is free there now. Where it is
-            not enough, the session that spoke longest ago reads its turns again.
+        max_waiting: requests that may wait for a slot; more are refused with `Overloaded`. Those that play in real time
+            wait for each other alone, the others for all.
+        session_bytes: what sessions may keep read on the device between their turns, by default half of what is free
+            there now. Where it is not enough, the session that spoke longest ago reads its turns again.
         stuck_after_seconds: a step that takes longer is taken for a device that does not answer, and those who wait
             are told so.
         """
@@ -119,7 +120,8 @@ class Engine:
         self._is_draining = False
         self._rates = _Rate()
         if session_bytes is None:
-            session_bytes = (memory.free_bytes(runtime.model.device) or SESSION_BYTES) // 2
+            free = memory.free_bytes(runtime.model.device)
+            session_bytes = (SESSION_BYTES if free is None else free) // 2
         self._caches = SessionCaches(session_bytes)
         self._stop = threading.Event()
         self.loop.listen(self._after_step)

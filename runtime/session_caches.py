@@ -26,17 +26,23 @@ class SessionCaches:
     def keep(self, conversation: Conversation) -> None:
         """A conversation has just been read further: drop the caches of others, oldest first, until all fit.
 
-        One that does not fit by itself is dropped, too.
+        One that does not fit by itself drops its own.
         """
         with self._lock:
             self._conversations.pop(conversation, None)
+            if conversation.cached_bytes > self.limit_bytes:
+                self._evict(conversation)
+                return
             self._conversations[conversation] = None  # last
-            oldest_first = list(self._conversations)
-            used = sum(other.cached_bytes for other in oldest_first)
-            for other in oldest_first:
+            used = sum(other.cached_bytes for other in self._conversations)
+            for other in list(self._conversations):
                 if used <= self.limit_bytes:
                     break
                 used -= other.cached_bytes
-                other.forget_read()
                 del self._conversations[other]
-                self.evicted += 1
+                self._evict(other)
+
+    def _evict(self, conversation: Conversation) -> None:
+        if conversation.cached_bytes:  # it may have lost it by itself
+            conversation.forget_read()
+            self.evicted += 1

@@ -7,6 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 
 from aloud import Audio, Request, Runtime, Segment, errors
 from aloud.models.csm import Csm, CsmState
@@ -160,3 +161,16 @@ class HugeModel:
 
     def state_bytes(self, slots: int, positions: int) -> int:
         return slots * 10**12
+
+
+def test_without_memory_for_a_voice_that_is_said(
+    runtime: Runtime, turns: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Csm, "copy_prefix", fails)
+        with pytest.raises(errors.OutOfMemory, match=r"no memory to keep a voice of \d+ positions\. Make it shorter"):
+            runtime.voice(turns)
+    assert runtime.voice(turns).positions > 0

@@ -19,7 +19,7 @@ from aloud.engine.guards import REASONS, Watches
 from aloud.engine.scheduler import Scheduler, SchedulerConfig
 from aloud.engine.steps import HostFrame, Launched, Reading, Steps
 from aloud.engine.stream import BUFFERED_FRAMES, Job, Prefix, Spoken, Stream, Suspended
-from aloud.engine.waiting import WaitingLine
+from aloud.engine.waiting import WaitingLine, is_live
 from aloud.errors import AloudError, LogitsNotFinite, OutOfMemory, Overloaded, StepFailed
 from aloud.prompt_block import Piece
 
@@ -226,14 +226,14 @@ class Loop(Driven):
     def _refusal(self, stream: Stream) -> Overloaded | None:
         """Why a new stream cannot run in time, if it cannot."""
         without_slot = self._waiting.without_slot(stream, len(self._free))
-        if without_slot >= self.max_waiting and stream.job.lead_seconds is not None:
+        if without_slot >= self.max_waiting and is_live(stream):
             given = [other for other in self._streams if other is not None and (other.gives_slot or _can_give(other))]
             without_slot = self._waiting.without_slot(stream, len(self._free) + len(given))
         if without_slot >= self.max_waiting:
             return Overloaded(
                 f"{without_slot} requests wait for a stream already. Ask again later.", retry_after_seconds=1.0
             )
-        starting = self._waiting.realtime + sum(other.job.lead_seconds is not None for other in self._reading)
+        starting = sum(other.job.lead_seconds is not None for other in (*self._waiting, *self._reading))
         after = self.scheduler.retry_after(self._clock(), stream.job.lead_seconds, starting)
         if after is None:
             return None
@@ -284,23 +284,37 @@ class Loop(Driven):
                 self._reading.append(stream)
 
     def _make_room(self) -> None:
-        """Suspend streams of full pace, in whose slots others can play in real time."""
-        wanted = self._waiting.realtime - len(self._free) - len(self._giving)
+        """Take slots from streams of full pace, for those that are live."""
+        while self._ask_for_slots():
+            flying = {stream for flight in self._in_flight for stream in flight.streams}
+            ready = [stream for stream in self._giving if stream not in flying]
+            self._giving = [stream for stream in self._giving if stream in flying]
+            without_memory = [stream for stream in ready if not self._suspend(stream)]
+            if not without_memory:
+                return
+
+    def _ask_for_slots(self) -> bool:
+        """Choose who is to give a slot, one for each live stream that waits for one -> whether somebody gives one."""
+        self._giving = [stream for stream in self._giving if not stream.is_over]
+        wanted = self._waiting.live - len(self._free) - len(self._giving)
         if wanted > 0:
             able = [stream for stream in self._streams if stream is not None and _can_give(stream)]
             # Those that wait for their frames to be taken miss nothing; of the others, the youngest have least to copy.
             able.sort(key=lambda stream: (not stream.held, self._made[stream.slot]))
             for stream in able[:wanted]:
-                stream.gives_slot = True
-                self.scheduler.hold(stream.slot)
-                self._giving.append(stream)
-        flying = {stream for flight in self._in_flight for stream in flight.streams} if self._giving else set()
-        self._giving = [stream for stream in self._giving if not stream.is_over]
-        for stream in [stream for stream in self._giving if stream not in flying]:
-            self._giving.remove(stream)
-            self._suspend(stream)
+                if stream in self._reading:  # it has nothing yet, and begins anew
+                    self._reading.remove(stream)
+                    stream.read_positions = 0
+                    self._waiting.put_back(stream)
+                    self._release(stream)
+                else:
+                    stream.gives_slot = True
+                    self.scheduler.hold(stream.slot)
+                    self._giving.append(stream)
+        return bool(self._giving)
 
-    def _suspend(self, stream: Stream) -> None:
+    def _suspend(self, stream: Stream) -> bool:
+        """Copy a stream out of its slot, which is free then -> False where there is no memory for that."""
         slot, made = stream.slot, int(self._made[stream.slot])
         stream.gives_slot = False
         try:
@@ -308,16 +322,17 @@ class Loop(Driven):
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 self._fail(stream, error)
-                return
-            logger.warning("There was no memory to suspend a stream of full pace: real-time ones wait for its slot")
+                return True
+            logger.warning("There was no memory to suspend a stream of full pace: others wait for its slot")
             stream.keeps_slot = True
             if not stream.held:
                 self.scheduler.resume(slot, self._clock())
-            return
+            return False
         self.counts.suspended += 1
         stream.suspended = Suspended(copy, made, int(self._to_launch[slot]), self._watches.copy(slot))
         self._waiting.add(stream)
         self._release(stream)
+        return True
 
     def _go_on(self, stream: Stream, suspended: Suspended) -> None:
         """Let a stream that was suspended run in the slot that it has now."""
@@ -546,10 +561,8 @@ class Loop(Driven):
 
 
 def _can_give(stream: Stream | None) -> bool:
-    """Whether its slot may go to a stream that plays in real time: it does not, and its prompt has been read."""
-    if stream is None or stream.gives_slot or stream.keeps_slot or stream.job.lead_seconds is not None:
-        return False
-    return stream.job.max_frames > 0 and stream.read_positions == len(stream.job.prompt)
+    """Whether its slot may go to a live stream."""
+    return stream is not None and not (stream.gives_slot or stream.keeps_slot or is_live(stream))
 
 
 def _has_room(stream: Stream) -> bool:

@@ -206,7 +206,7 @@ class Scheduler:
 
         Guaranteed, also under lasting overload: while full-pace streams may run, one of their rows is launched at the
         latest in the first tick after every `STARVATION_FRAMES` frame periods, in place of the last real-time one if
-        need be; so with n of them, each runs once in n times that (and a tick each).
+        need be; so with n of them, each runs once in n times that (and a tick each). That is of those that have a slot.
         """
         ready = np.flatnonzero(self._wake <= now)
         rows = self._frame_cost.largest

@@ -1,4 +1,7 @@
-"""The line for a slot: real time before full pace, and of each, what has begun before what has not."""
+"""The line for a slot: live streams before those of full pace, and of each, what has begun before what has not.
+
+Live is what plays in real time, and what only listens: it is read, and its slot is free again.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,18 @@ class WaitingLine:
             yield from of_rank
 
     @property
-    def realtime(self) -> int:
-        """How many play in real time."""
+    def live(self) -> int:
+        """How many are live."""
         return len(self._by_rank[0]) + len(self._by_rank[1])
 
     def add(self, stream: Stream) -> None:
         """At the end of its rank."""
         self._by_rank[_rank(stream)].append(stream)
+        self.count += 1
+
+    def put_back(self, stream: Stream) -> None:
+        """At the beginning of its rank."""
+        self._by_rank[_rank(stream)].appendleft(stream)
         self.count += 1
 
     def remove(self, stream: Stream) -> None:
@@ -49,17 +57,19 @@ class WaitingLine:
     def without_slot(self, newcomer: Stream, room: int) -> int:
         """Refusable streams that will still wait, before `newcomer`, when `room` slots have been given out.
 
-        Negative where slots are left for it. Those that were suspended had their slot, and count as no request.
+        Negative where slots are left for it. Those that were suspended had their slot, and count as no request; a live
+        one does not wait for those of full pace.
         """
-        before = [other for other in self if _pace(other) <= _pace(newcomer)]
+        before = [other for other in self if is_live(other) or not is_live(newcomer)]
         refusable = sum(other.is_refusable and other.suspended is None for other in before)
         return refusable - max(0, room - (len(before) - refusable))
 
 
-def _pace(stream: Stream) -> int:
-    return 0 if stream.job.lead_seconds is not None else 1
+def is_live(stream: Stream) -> bool:
+    """Whether somebody waits for it who plays in real time, or who has just spoken."""
+    return stream.job.lead_seconds is not None or stream.job.max_frames == 0
 
 
 def _rank(stream: Stream) -> int:
     has_begun = stream.job.goes_on or stream.suspended is not None
-    return 2 * _pace(stream) + (not has_begun)
+    return 2 * (not is_live(stream)) + (not has_begun)

@@ -100,6 +100,7 @@ class _EngineCollector:
             ("aloud_lateness_p99_seconds", "Lateness that 1 in 100 frames exceeds.", stats.lateness_p99_seconds),
             ("aloud_prefix_hits", "Streams that began behind a cached prefix.", stats.prefix_hits),
             ("aloud_session_bytes", "Bytes that sessions keep read.", stats.session_bytes),
+            ("aloud_sessions_evicted", "Sessions that lost what they had read.", stats.sessions_evicted),
             ("aloud_suspensions", "Times that full pace gave its slot to real time.", stats.suspensions),
             ("aloud_step_running_seconds", "How long the present step has taken.", stats.stuck_seconds),
         ):

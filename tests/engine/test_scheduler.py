@@ -585,6 +585,17 @@ def test_an_idle_engine_accepts_a_stream_that_it_cannot_keep_up_with() -> None:
     assert scheduler.retry_after(0.0, 1.0) is not None
 
 
+def test_who_comes_back_from_suspension_is_no_arrival() -> None:
+    """Only the real-time share of the prefill work counts; streams that were suspended bring none."""
+    for was_suspended in (False, True):
+        scheduler = make(sizes=tuple(range(1, 9)), cost=lambda size: size / 64)
+        for slot in range(12):
+            scheduler.start(slot, 0.0, 1.0 if slot < 4 else None, was_suspended=was_suspended and slot >= 4)
+        for _ in range(10):
+            scheduler.observe_prefill(100, 0.3)
+        assert (scheduler.retry_after(0.0, 1.0) is not None) == was_suspended
+
+
 def test_prefill_work_of_arrivals_takes_its_share_and_fades() -> None:
     scheduler = make(sizes=tuple(range(1, 9)), cost=lambda size: size / 64)
     for slot in range(4):

@@ -127,6 +127,10 @@ def test_those_that_nobody_takes_from_give_theirs_first_and_keep_what_they_have(
         memory.loop.step()
     assert held.slot >= 0
     assert held.held  # in its new slot, too
+    launched = [stream.frames for stream in memory.model.started if stream.seed == 3]
+    for _ in range(5):
+        memory.loop.step()
+    assert [stream.frames for stream in memory.model.started if stream.seed == 3] == launched
     assert memory.rest_of(held) == [*range(1, 100), 1]
     assert len(memory.rest_of(busy)) == 100 - young
 
@@ -174,17 +178,86 @@ def test_who_wanted_the_slot_is_cancelled() -> None:
     assert memory.loop.is_idle
 
 
-def test_a_guard_goes_on_counting() -> None:
-    script = {1: [said(1), *(said(code, 0.0) for code in range(2, 20))], 2: words(21)}
-    guards = replace(Guards.off(), silence_seconds=5 / FRAME_RATE, silence_dbfs=-60.0)
-    alone = Memory(script)
-    expected = alone.rest_of(alone.loop.submit(job(1, guards=guards)))
-    memory = Memory(script)
-    slow = memory.loop.submit(job(1, guards=guards))
+GUARDED: dict[str, tuple[list[Frame], Job]] = {
+    "silence": (
+        [said(1), *(said(code, 0.0) for code in range(2, 20))],
+        job(1, guards=replace(Guards.off(), silence_seconds=5 / FRAME_RATE, silence_dbfs=-60.0)),
+    ),
+    "repeat": (
+        [said(1), *(said(7) for _ in range(20))],
+        job(1, guards=replace(Guards.off(), repeat_seconds=5 / FRAME_RATE)),
+    ),
+    "text_length": ([said(code) for code in range(1, 20)], replace(job(1), text_limit_frames=6)),
+    "length": ([said(code) for code in range(1, 20)], replace(job(1), max_frames=6)),
+}
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("reason", GUARDED)
+def test_what_ends_it_goes_on_counting(reason: str, ahead: int) -> None:
+    script, guarded = GUARDED[reason]
+    alone = Memory({1: script}, ahead=ahead)
+    expected = alone.rest_of(alone.loop.submit(guarded))
+    memory = Memory({1: script, 2: words(21)}, ahead=ahead)
+    slow = memory.loop.submit(guarded)
     memory.steps_until(slow, 3)
     assert memory.rest_of(memory.loop.submit(job(2, realtime=True))) == [21]
     assert memory.rest_of(slow) == expected
-    assert (slow.finish_reason, len(expected), memory.loop.counts.suspended) == ("silence", 6, 1)
+    assert (slow.finish_reason, memory.loop.counts.suspended) == (reason, 1)
+    assert memory.model.started[0].frames == alone.model.started[0].frames  # not one more is launched
+
+
+def test_a_prompt_that_is_being_read_gives_its_slot_and_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EagerSteps, "prefill_sizes", (4,))
+    memory = Memory({1: words(11, 12), 2: words(21, 22)})
+    prompt = Prompt(torch.arange(50), torch.zeros(50, CODEBOOKS, dtype=torch.int64))
+    monkeypatch.setattr(memory.loop.scheduler, "prefill_positions", lambda now, planned: 0 if planned else 4)
+    slow = memory.loop.submit(replace(job(1), prompt=prompt))
+    for _ in range(5):
+        memory.loop.step()
+    assert 0 < slow.read_positions < 50
+    live, later = memory.loop.submit(job(2, realtime=True)), memory.loop.submit(job(2))
+    memory.steps_until(live, 1)
+    assert (slow.slot, slow.read_positions) == (-1, 0)
+    assert memory.rest_of(live) == [21, 22]
+    assert memory.rest_of(slow) == [11, 12]
+    assert not later.frames  # it came after
+    assert memory.rest_of(later) == [21, 22]
+    assert memory.loop.is_idle
+
+
+def test_who_only_listens_does_not_wait_for_full_pace() -> None:
+    """A session hears before it answers, and the answer is live."""
+    memory = Memory({}, slots=2)
+    memory.loop.max_waiting = 0
+    slow = [memory.loop.submit(job(seed), is_refusable=True) for seed in (1, 2)]
+    memory.steps_until(slow[1], 2)
+    hearing = memory.loop.submit(replace(job(3), max_frames=0, keeps_cache=True), is_refusable=True)
+    for _ in range(3):
+        memory.loop.step()
+    assert (hearing.finish_reason, hearing.error) == ("length", None)
+    assert hearing.prefix is not None
+    assert [len(memory.rest_of(stream)) for stream in slow] == [100, 100]
+
+
+def test_where_one_copy_finds_no_memory_another_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory({9: words(91)}, slots=2)
+    held = [memory.loop.submit(job(seed)) for seed in (1, 2)]
+    while not all(stream.held for stream in held):
+        memory.loop.step()
+    copy, asked = memory.model.copy_stream, []
+
+    def fails_once(state: State, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
+        asked.append(slot)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return copy(state, slot, positions)
+
+    monkeypatch.setattr(memory.model, "copy_stream", fails_once)
+    live = memory.loop.submit(job(9, realtime=True))
+    assert memory.loop.step() == 0.0
+    assert len(live.frames) == 1
+    assert len(set(asked)) == 2
 
 
 def test_without_memory_for_a_copy_it_keeps_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,7 +310,7 @@ def test_suspended_as_if_it_had_not_been(machine: Machine) -> None:
         jobs = [replace(job, lead_seconds=60.0) for job in machine.jobs]
         longest = max(range(len(jobs)), key=lambda number: jobs[number].max_frames)
         slow = [loop.submit(machine.jobs[longest]) for _ in range(slots)]
-        while len(slow[0].frames) < 2:
+        while not all(len(stream.frames) >= 2 for stream in slow):
             loop.step()
         live = [loop.submit(job) for job in jobs]
         for stream, expected in zip(live, machine.alone, strict=True):

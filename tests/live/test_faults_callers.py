@@ -407,7 +407,9 @@ def test_a_fault_in_any_launch_reaches_every_caller(stage: Stage) -> None:
         assert_heard(outcome["heard"], stage.text, all_of_it="error" not in outcome)
         assert type(outcome.get("error")) in (words, type(None))
         failed += "error" in outcome
-        assert bool(failed) == bool(fault.happened)
+        # Without memory to keep what was read, it is read again.
+        reaches_somebody = step != "copy_prefix" or error is RuntimeError
+        assert bool(failed) == bool(fault.happened and reaches_somebody)
         stage.assert_clean()
         return fault.happened
 

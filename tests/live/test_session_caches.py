@@ -70,19 +70,47 @@ def test_the_bound_holds_and_nobody_says_anything_else(seed: int) -> None:
 
 def test_who_spoke_longest_ago_reads_again() -> None:
     with engine_of(10**9) as (engine, _):
-        says(engine.session(), "Hello.")
-        gc.collect()
-        each = max(1, len("[0]Hello.") + 2 + 4) * POSITION_BYTES
-    with engine_of(2 * each + 8) as (engine, _):
+        says(first := engine.session(), "Hello.")
+        turn = engine.stats().session_bytes
+        first.hear_sync("x")
+        longer = engine.stats().session_bytes
+    with engine_of(turn + longer + POSITION_BYTES) as (engine, _):
         sessions = [engine.session() for _ in range(3)]
         for session in sessions[:2]:
             says(session, "Hello.")
         sessions[0].hear_sync("x")  # now the second one is the oldest
         says(sessions[2], "Hello.")
-        kept = [session.stats.cached_positions > 0 for session in sessions]
-        assert kept[1:] == [False, True]
-        assert sessions[1].stats.rebuilds == 1
-        assert engine.stats().session_bytes <= 2 * each + 8
+        assert [session.stats.cached_positions > 0 for session in sessions] == [True, False, True]
+        assert [session.stats.rebuilds for session in sessions] == [0, 1, 0]
+        assert engine.stats().session_bytes == turn + longer
+        assert engine.stats().sessions_evicted == 1
+
+
+def test_one_that_does_not_fit_by_itself_leaves_the_others_theirs() -> None:
+    with engine_of(1000) as (engine, _):
+        sessions = [engine.session() for _ in range(4)]
+        for session in sessions:
+            says(session, "Hi.")
+        before = engine.stats().session_bytes
+        long = engine.session()
+        long.hear_sync("A turn of many words. " * 20)
+        assert long.stats.cached_positions == 0
+        assert engine.stats().session_bytes == before > 0
+        assert engine.stats().sessions_evicted == 1
+        says(long, "And an answer.")
+        assert [session.stats.rebuilds for session in sessions] == [0, 0, 0, 0]
+
+
+def test_what_is_gone_already_is_not_evicted() -> None:
+    with engine_of(10**9) as (engine, _):
+        session = engine.session()
+        says(session, "Hello.")
+        session._conversation.forget_read()
+        engine._caches.limit_bytes = 300
+        for _ in range(3):
+            says(engine.session(), "Hello.")
+        assert session.stats.rebuilds == 1
+        assert engine.stats().session_bytes <= 300
 
 
 def test_a_session_that_is_gone_takes_no_room() -> None:
