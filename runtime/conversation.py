@@ -46,6 +46,7 @@ class Conversation:
         self._cached = self._voice
         self._turns: list[_Turn] = []
         self._pinned = 0  # turns at the beginning
+        self._dropped: tuple[object, int] = (None, 0)  # an utterance, and frames of it that were dropped
         self._max_positions = max_positions
         self._when_read = when_read
         self.dropped_turns = 0
@@ -107,6 +108,8 @@ class Conversation:
         Of a piece that was heard in part, the text stays whole. What follows the cut has to be read again, and with it
         all but the voice.
         """
+        if self._dropped[0] is utterance:
+            frames = max(0, frames - self._dropped[1])
         turns: list[_Turn] = []
         unchanged: int | None = None  # positions up to the cut
         for turn in self._turns:
@@ -184,6 +187,9 @@ class Conversation:
             total -= len(self._turns[first].prompt)
             first += 1
         self.dropped_turns += first - self._pinned
+        for turn in self._turns[self._pinned : first]:
+            before = self._dropped[1] if turn.utterance is self._dropped[0] else 0
+            self._dropped = (turn.utterance, before + turn.frames)
         del self._turns[self._pinned : first]
         if self._cached is not self._voice:
             self.forget_read()

@@ -356,15 +356,15 @@ def captured_loop(machine: Machine) -> Loop:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("rows", [65, 130])
-def test_a_large_batch_is_captured_as_it_is_computed(
-    machine: Machine, rows: int, dtype: str, tmp_path: Path, seed: int
-) -> None:
-    """Rows whose products are a library's: what is replayed is what the same rows draw when nothing is captured."""
+def test_a_large_batch_is_captured_as_it_is_computed(machine: Machine, rows: int, tmp_path: Path, seed: int) -> None:
+    """Rows whose products are a library's: what is replayed is what the same rows draw when nothing is captured.
+
+    In bfloat16, where a head is a product with results of another dtype.
+    """
     config = oracle.small_config(codebooks=CODEBOOKS, rope=oracle.LLAMA3, positions=64)
     folder = oracle.save(oracle.random_model(config, seed), tmp_path)
-    model = Runtime.load(folder, device="cuda", dtype=dtype, max_streams=1).model
+    model = Runtime.load(folder, device="cuda", dtype="bfloat16", max_streams=1).model
     generator = torch.Generator().manual_seed(seed)
     pieces = [Piece(slot, noise_prompt(3, generator), 0, 3, 0) for slot in range(rows)]
     captured, eager = (model.allocate(rows + 1, 64) for _ in range(2))

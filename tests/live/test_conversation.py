@@ -225,6 +225,26 @@ def test_voice_and_text_that_do_not_fit_are_refused_before_anything_is_dropped()
     assert conversation.dropped_turns == 1
 
 
+@pytest.mark.parametrize(("heard", "left"), [(0, []), (6, []), (7, [1]), (12, [6]), (13, [6, 1]), (18, [6, 6])])
+def test_what_was_heard_is_counted_from_the_beginning_of_an_utterance(heard: int, left: list[int]) -> None:
+    """Also where its first pieces have been dropped meanwhile."""
+    writer = Writer()
+    conversation = Conversation(CONFIG, None, 20)  # type: ignore[arg-type]
+    utterance = object()
+    for _ in range(3):
+        text = writer.text(3)
+        conversation.prompt_for(text, 6)
+        conversation.add_spoken(text, writer.frames(6), None, utterance)
+    while conversation.dropped_turns < 1:
+        conversation.add(writer.heard(2, 0))
+        conversation.make_room()
+    assert conversation.dropped_turns == 1
+    heard_turns = len(conversation.turns) - 2
+    conversation.keep_heard(utterance, heard)
+    frames = [int((turn.text_tokens < 0).sum()) - 1 for turn in conversation.turns]
+    assert frames == [*left, *[-1] * heard_turns]
+
+
 def test_what_is_taken_back_was_never_there() -> None:
     writer = Writer()
     conversation = Conversation(CONFIG, None, 20)  # type: ignore[arg-type]
