@@ -12,7 +12,8 @@ from aloud.request import Guards, Request, Sampling, Segment
 if TYPE_CHECKING:
     from aloud.api import Runtime, Score
     from aloud.audio import Audio, read_audio
-    from aloud.live import Engine, EngineStats
+    from aloud.engine_stats import EngineStats
+    from aloud.live import Engine
     from aloud.live_speech import LiveSpeech
     from aloud.session import Session, SessionStats
     from aloud.speech import SpeechStream
@@ -43,7 +44,7 @@ __version__ = "0.1.0"
 _LATE = {
     "Audio": "aloud.audio",
     "Engine": "aloud.live",
-    "EngineStats": "aloud.live",
+    "EngineStats": "aloud.engine_stats",
     "LiveSpeech": "aloud.live_speech",
     "Runtime": "aloud.api",
     "Score": "aloud.api",

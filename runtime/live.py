@@ -7,10 +7,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from aloud import memory
 from aloud.api import Runtime
@@ -19,6 +19,7 @@ from aloud.audio import Audio
 from aloud.conversation import Conversation
 from aloud.engine.loop import Loop
 from aloud.engine.stream import Job, Stream
+from aloud.engine_stats import EngineStats, Rate, engine_stats
 from aloud.errors import DeviceStuck, EngineClosed, RequestError
 from aloud.live_speech import LiveSpeech, Text
 from aloud.prepare import (
@@ -39,43 +40,16 @@ from aloud.utterance import Manner, Utterance
 from aloud.voice import Voice
 
 Pace: TypeAlias = Literal["realtime", "full"]
+Result = TypeVar("Result")
 LEAD_SECONDS = 0.4
 """How far a stream runs ahead of being played: what a network and a player may be late."""
 MAX_WAITING = 64
+ENCODED_AT_ONCE = 2
+"""Audio of callers that is encoded at the same time, beside the frames of those who listen."""
 SESSION_BYTES = 2 * 1024**3
 """What counts as free where the system does not say what is."""
 FAILED_STEPS = 3
 """So many steps that fail one after the other are no accident."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine does, as plain numbers; lateness is of frames of real-time streams, since the engine began."""
-
-    slots: int
-    slots_used: int
-    streams_waiting: int
-    accepted: int
-    refused: int
-    finished: int
-    cancelled: int
-    failed: int
-    prefix_hits: int  # streams that began behind a cached voice or session
-    session_bytes: int  # that sessions keep read on the device
-    sessions_evicted: int  # times that one lost what it had read, for others
-    suspensions: int  # times that a stream of full pace gave its slot to one of real time, and waited for another
-    prefill_positions: int  # positions of prompts that were read
-    frames: int
-    frames_per_second: float  # over the last 10 s
-    steps: int
-    rows_per_step: float
-    realtime_frames: int
-    late_frames: int
-    lateness_p50_seconds: float
-    lateness_p99_seconds: float
-    lateness_max_seconds: float
-    is_draining: bool
-    stuck_seconds: float  # how long the step that runs now has taken
 
 
 class Engine:
@@ -118,11 +92,12 @@ class Engine:
         self._speeches: weakref.WeakSet[LiveSpeech] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._is_draining = False
-        self._rates = _Rate()
+        self._rates = Rate()
         if session_bytes is None:
             free = memory.free_bytes(runtime.model.device)
             session_bytes = (SESSION_BYTES if free is None else free) // 2
         self._caches = SessionCaches(session_bytes)
+        self._background = ThreadPoolExecutor(ENCODED_AT_ONCE, thread_name_prefix="aloud-encode")
         self._stop = threading.Event()
         self.loop.listen(self._after_step)
         self._thread = threading.Thread(target=self._run, name="aloud-engine", daemon=True)
@@ -264,34 +239,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What it does now and has done."""
-        loop = self.loop
-        counts, lateness = loop.counts, loop.scheduler.statistics()
-        return EngineStats(
-            slots=loop.slots,
-            slots_used=loop.used_slots,
-            streams_waiting=loop.waiting,
-            accepted=counts.accepted,
-            refused=counts.refused,
-            finished=counts.finished,
-            cancelled=counts.cancelled,
-            failed=counts.failed,
-            prefix_hits=counts.with_prefix,
-            session_bytes=self._caches.used_bytes,
-            sessions_evicted=self._caches.evicted,
-            suspensions=counts.suspended,
-            prefill_positions=counts.read_positions,
-            frames=lateness.frames,
-            frames_per_second=self._rates.per_second(),
-            steps=counts.steps,
-            rows_per_step=counts.rows / counts.steps if counts.steps else 0.0,
-            realtime_frames=lateness.realtime_frames,
-            late_frames=lateness.late_frames,
-            lateness_p50_seconds=lateness.lateness_p50,
-            lateness_p99_seconds=lateness.lateness_p99,
-            lateness_max_seconds=lateness.lateness_max,
-            is_draining=self._is_draining,
-            stuck_seconds=loop.stuck_seconds,
-        )
+        return engine_stats(self.loop, self._caches, self._rates, is_draining=self._is_draining)
 
     @property
     def is_draining(self) -> bool:
@@ -325,6 +273,7 @@ class Engine:
         self._is_draining = True
         self._stop.set()
         self.loop.wake()
+        self._background.shutdown(wait=False)  # what waits there finds the engine closed
         self._thread.join(timeout=self.loop.stuck_after_seconds)
 
     def __enter__(self) -> Engine:
@@ -364,6 +313,14 @@ class Engine:
         """Let a job run, if there is room for it; its frames or its end say whether there was."""
         self._check_open()
         return self._go_on(job, is_refusable=True)
+
+    async def in_background(self, work: Callable[[], Result]) -> Result:
+        """Do what blocks, to encode audio, in a thread; a few at once, so that frames keep their time."""
+        try:
+            doing = asyncio.get_running_loop().run_in_executor(self._background, work)
+        except RuntimeError as error:  # it has been shut down
+            raise EngineClosed("The engine is closed. Make a new one.") from error
+        return await doing
 
     async def wait(self, stream: Stream) -> None:
         """Return when a stream has a frame or is over. Raises `DeviceStuck`."""
@@ -412,7 +369,7 @@ class Engine:
             self._arrivals_here,
             text,
             begin,
-            begin_blocks=any(segment.audio is not None for segment in request.context),
+            begin_in=self.in_background if any(segment.audio is not None for segment in request.context) else None,
             seed=manner.seed,
             guards=manner.guards,
             when_over=when_over,
@@ -474,29 +431,6 @@ class Engine:
             everywhere = list(self._arrivals.values())
         for arrivals in everywhere:
             arrivals.announce()
-
-
-class _Rate:
-    """How fast a number grows, over the last ten seconds."""
-
-    SECONDS = 10
-
-    def __init__(self) -> None:
-        self._marks: list[tuple[float, int]] = []  # (when, how many by then), one a second
-        self._now = 0
-
-    def count(self, total: int) -> None:
-        """How many there are by now."""
-        self._now = total
-        now = time.monotonic()
-        if not self._marks or now - self._marks[-1][0] >= 1:
-            self._marks = [*self._marks[-self.SECONDS :], (now, total)]
-
-    def per_second(self) -> float:
-        """The growth a second since the oldest mark that is not older than ten seconds."""
-        now = time.monotonic()
-        marks = [mark for mark in self._marks if now - mark[0] <= self.SECONDS]
-        return (self._now - marks[0][1]) / (now - marks[0][0]) if marks and now > marks[0][0] else 0.0
 
 
 def _lead(pace: Pace, lead_seconds: float | None) -> float | None:

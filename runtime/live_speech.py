@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -40,14 +40,15 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         text: Text,
         begin: Callable[[], Utterance],
         *,
-        begin_blocks: bool,
+        begin_in: Callable[[Callable[[], Utterance]], Awaitable[Utterance]] | None,
         seed: int,
         guards: Guards,
         when_over: Callable[[], None] = lambda: None,
         keep_heard: Callable[[object, float], None] = lambda mark, heard_seconds: None,
     ) -> None:
-        """Of a function that makes the utterance, and may block for long, to encode audio.
+        """Of a function that makes the utterance.
 
+        begin_in: runs that where it may block, as long as it takes to encode audio; None where it does not.
         keep_heard: is told the mark of an utterance that is over, and how many seconds of it were heard.
         """
         self.seed = seed
@@ -55,7 +56,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         self._loop = loop
         self._arrivals = arrivals
         self._begin = begin
-        self._begin_blocks = begin_blocks
+        self._begin_in = begin_in
         self._when_over = when_over
         self._keep_heard = keep_heard
         self._utterance: Utterance | None = None
@@ -99,7 +100,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         try:
             while not self._is_over:
                 if self._utterance is None:
-                    self._started(await asyncio.to_thread(self._begin) if self._begin_blocks else self._begin())
+                    self._started(self._begin() if self._begin_in is None else await self._begin_in(self._begin))
                     continue
                 step = self._utterance.advance()
                 if isinstance(step, Audio):

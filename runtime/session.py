@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -90,8 +89,11 @@ class Session:
         """
         with self._busy():
             segment = Segment(text, audio, speaker)
-            # In a thread for its sound alone: waiting for a slot holds none.
-            turn = self._turn(segment) if audio is None else await asyncio.to_thread(self._turn, segment)
+            # In the background for its sound alone: waiting for a slot holds no thread.
+            if audio is None:
+                turn = self._turn(segment)
+            else:
+                turn = await self._engine.in_background(lambda: self._turn(segment))
             with self._reading(turn) as stream:
                 if stream is not None:
                     await self._engine.wait(stream)

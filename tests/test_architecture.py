@@ -22,7 +22,7 @@ FLOORS: list[list[str]] = [
     ["aloud.benchmarks"],
     ["aloud.live"],
     ["aloud.api", "aloud.session"],
-    ["aloud.live_speech"],
+    ["aloud.live_speech", "aloud.engine_stats"],
     ["aloud.arrivals", "aloud.utterance", "aloud.session_caches"],
     ["aloud.conversation"],
     ["aloud.speech", "aloud.prepare"],

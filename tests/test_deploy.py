@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from aloud.cli import _parser
-from aloud.live import EngineStats
+from aloud.engine_stats import EngineStats
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[1]

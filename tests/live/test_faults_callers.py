@@ -320,7 +320,7 @@ def test_a_speech_that_is_cancelled_while_it_begins_takes_no_slot(stage: Stage) 
         may_begin.wait(LIMIT_SECONDS)
         return begin()
 
-    speech._begin, speech._begin_blocks = slowly, True
+    speech._begin, speech._begin_in = slowly, stage.engine.in_background
 
     async def run() -> None:
         waiting = asyncio.ensure_future(anext(speech))

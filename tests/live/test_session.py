@@ -545,7 +545,7 @@ def test_hearing_when_the_engine_is_closed(seed: int) -> None:
 def test_the_engine_is_closed_while_a_session_waits_to_hear(seed: int) -> None:
     runtime = Runtime(ScriptedModel(), ByteTokenizer(), Sampling(), "scripted", max_streams=1)  # type: ignore[arg-type]
     engine = Engine(runtime)
-    speech = engine.stream("For ever.", seed=seed, guards=Guards.off(), pace="full")
+    speech = engine.stream("For ever.", seed=seed, guards=Guards.off(), pace="realtime")
     next(speech)  # and no more: the only slot is taken
     session = engine.session()
     raised: list[BaseException] = []
@@ -648,7 +648,7 @@ def test_who_hears_while_all_slots_are_taken_holds_no_thread_and_is_refused_in_t
 
     async def job() -> None:
         async with Engine(held.runtime, max_waiting=20) as engine:
-            async with engine.stream("Much to say.", seed=1, pace="full", max_seconds=60) as speaking:
+            async with engine.stream("Much to say.", seed=1, max_seconds=60) as speaking:
                 await anext(speaking)
                 hearing = [asyncio.ensure_future(engine.session().hear("Well.")) for _ in range(40)]
                 while len([heard for heard in hearing if heard.done()]) < 20:
@@ -671,7 +671,7 @@ def test_hearing_that_is_left_leaves_nothing() -> None:
     async def job() -> None:
         async with Engine(held.runtime) as engine:
             session = engine.session()
-            async with engine.stream("Much to say.", seed=1, pace="full", max_seconds=60) as speaking:
+            async with engine.stream("Much to say.", seed=1, max_seconds=60) as speaking:
                 await anext(speaking)
                 hearing = asyncio.ensure_future(session.hear("Well."))
                 while not session.is_busy:
