@@ -40,8 +40,9 @@ async def converse(engine: Engine, voice_file: str | None, seed: int | None) -> 
         async with session.stream(llm(question), seed=seed, pace="full") as speech:
             async for chunk in speech:
                 heard.append(chunk)
-                if turn == INTERRUPTED and (len(heard) - begin) * chunk.duration >= PATIENCE_SECONDS:
-                    speech.cancel()  # the session remembers what was said up to here
+                heard_seconds = (len(heard) - begin) * chunk.duration  # from the player, where there is one
+                if turn == INTERRUPTED and heard_seconds >= PATIENCE_SECONDS:
+                    speech.interrupt(heard_seconds)  # the session remembers what was heard, and no more
         print(f"{question} -> {(len(heard) - begin) * 0.08:.1f} s, {speech.finish_reason}")
     print(session.stats)
     return heard

@@ -27,7 +27,7 @@ def test_equals_transformers(name: str, seed: int, generator: torch.Generator) -
     theirs = codec.encode(samples)
     for codes in theirs:  # an oracle that says the same all the time would prove nothing
         assert len(codes.unique()) > 12
-    assert_same_codes(encode(*codec.ours, samples), theirs, codec, samples)
+    assert_same_codes(encode(*codec.ours, samples), theirs, codec.model, samples)
 
 
 @pytest.mark.parametrize("name", MOSHI_VARIANTS)
@@ -36,7 +36,7 @@ def test_equals_moshi(name: str, seed: int, generator: torch.Generator) -> None:
     samples = speech_like(FRAMES * codec.frame_size, generator)
     with torch.no_grad():
         theirs = codec.moshi.encode(samples[None, None])[0]
-    assert_same_codes(encode(*codec.ours, samples), theirs, codec, samples)
+    assert_same_codes(encode(*codec.ours, samples), theirs, codec.model, samples)
 
 
 @pytest.mark.parametrize("name", ["small", "four_positions_a_frame", "kernels", "three_stages"])
@@ -48,7 +48,7 @@ def test_any_length_equals_transformers(name: str, seed: int, generator: torch.G
     lengths += torch.randint(1, 3 * frame, (20,), generator=generator).tolist()
     for length in lengths:
         samples = speech_like(length, generator)
-        assert_same_codes(encode(*codec.ours, samples), codec.encode(samples), codec, samples)
+        assert_same_codes(encode(*codec.ours, samples), codec.encode(samples), codec.model, samples)
 
 
 @pytest.mark.parametrize("num_codebooks", [2, 3, 5])
@@ -56,7 +56,7 @@ def test_fewer_codebooks_equal_transformers(num_codebooks: int, seed: int, gener
     codec = named_codec("two_semantic", seed)
     samples = speech_like(20 * codec.frame_size, generator)
     ours = encode(*codec.ours, samples, num_codebooks)
-    assert_same_codes(ours, codec.encode(samples, num_codebooks), codec, samples)
+    assert_same_codes(ours, codec.encode(samples, num_codebooks), codec.model, samples)
 
 
 def test_fewer_codebooks_than_semantic_ones_are_the_first_of_them(seed: int, generator: torch.Generator) -> None:
@@ -69,9 +69,9 @@ def test_full_size_equals_transformers_and_moshi(seed: int, generator: torch.Gen
     codec = full_size_codec(seed)
     samples = speech_like(10 * codec.frame_size, generator)
     ours = encode(*codec.ours, samples)
-    assert_same_codes(ours, codec.encode(samples), codec, samples)
+    assert_same_codes(ours, codec.encode(samples), codec.model, samples)
     with torch.no_grad():
-        assert_same_codes(ours, codec.moshi.encode(samples[None, None])[0], codec, samples)
+        assert_same_codes(ours, codec.moshi.encode(samples[None, None])[0], codec.model, samples)
 
 
 def test_no_samples_no_frames(seed: int) -> None:

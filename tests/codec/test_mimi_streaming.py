@@ -76,7 +76,7 @@ def test_encode_by_chunks_equals_whole(name: str, lengths: list[int], seed: int,
         encode_chunk(config, weights, state, samples[None, start : start + length * config.frame_size], slots)[0]
         for start, length in zip(starts, lengths, strict=True)
     ]
-    assert_same_codes(torch.cat(chunks, dim=1), encode(config, weights, samples), codec, samples)
+    assert_same_codes(torch.cat(chunks, dim=1), encode(config, weights, samples), codec.model, samples)
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def test_encode_equals_moshi_streaming(seed: int, generator: torch.Generator) ->
             ours.append(encode_chunk(config, weights, state, frame, slots))
             theirs.append(moshi.encode(frame[:, None]))
     for row in range(2):
-        assert_same_codes(torch.cat(ours, dim=2)[row], torch.cat(theirs, dim=2)[row], codec, samples[row])
+        assert_same_codes(torch.cat(ours, dim=2)[row], torch.cat(theirs, dim=2)[row], codec.model, samples[row])
 
 
 def run_schedule(
@@ -177,7 +177,7 @@ def test_encode_rows_are_streams_of_their_own(seed: int, generator: torch.Genera
         frame_length=config.frame_size,
     )
     for row in range(4):
-        assert_same_codes(outputs[row], encode(config, weights, samples[row]), codec, samples[row])
+        assert_same_codes(outputs[row], encode(config, weights, samples[row]), codec.model, samples[row])
 
 
 @pytest.mark.parametrize("side", ["decode", "encode"])
@@ -227,7 +227,7 @@ def test_reset_leaves_nothing_and_touches_no_other_slot(side: str, seed: int, ge
         frames = samples.split(config.frame_size, dim=1)
         codes = torch.cat([encode_chunk(config, weights, state, frame, slots) for frame in frames], dim=2)
         for row in range(2):
-            assert_same_codes(codes[row], encode(config, weights, samples[row]), codec, samples[row])
+            assert_same_codes(codes[row], encode(config, weights, samples[row]), codec.model, samples[row])
 
 
 @pytest.mark.parametrize("side", ["decode", "encode"])

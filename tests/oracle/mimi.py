@@ -340,7 +340,7 @@ def moshi_codec(codec: Codec) -> Any:
     return model
 
 
-def assert_same_codes(ours: Tensor, theirs: Tensor, codec: Codec, samples: Tensor) -> None:
+def assert_same_codes(ours: Tensor, theirs: Tensor, model: transformers.MimiModel, samples: Tensor) -> None:
     """Assert that codes `[codebooks, frames]` are equal but for near ties.
 
     Where two codes differ, the two entries' distances to what is left over, recomputed here in float64 from
@@ -352,9 +352,9 @@ def assert_same_codes(ours: Tensor, theirs: Tensor, codec: Codec, samples: Tenso
     if torch.equal(ours, theirs):
         return
     with torch.no_grad():
-        latents = codec.model.encoder(samples[None, None]).latents
-    quantizer = codec.model.quantizer
-    num_semantic = codec.model.config.num_semantic_quantizers
+        latents = model.encoder(samples[None, None]).latents
+    quantizer = model.quantizer
+    num_semantic = model.config.num_semantic_quantizers
     flips = 0
     halves = (
         (quantizer.semantic_residual_vector_quantizer, ours[:num_semantic], theirs[:num_semantic]),

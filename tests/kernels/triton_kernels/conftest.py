@@ -117,7 +117,8 @@ def as_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def assert_as_close() -> Callable[..., None]:
     """A function of (ours, the reference in the same dtype, the reference in float32).
 
-    float32 must be within 1e-5 of the largest magnitude; the largest error in bfloat16 and float16 within twice that
+    float32 must be within 1e-5 of the largest magnitude, or of 0.05 where all of it cancels: inputs are about 1, and so
+    is what an error is made of. The largest error in bfloat16 and float16 within twice that
     which PyTorch makes in that dtype, or, if `heavy_tailed`, the root of the mean square of the errors.
     """
 
@@ -130,7 +131,7 @@ def assert_as_close() -> Callable[..., None]:
         order = 2 if heavy_tailed else torch.inf
         error = (ours.float() - wide).norm(order).item()
         if ours.dtype == torch.float32:
-            allowed = 1e-5 * wide.norm(order).item()
+            allowed = 1e-5 * max(wide.norm(order).item(), 0.05)
         else:
             allowed = 2 * (same_dtype.float() - wide).norm(order).item()
         assert error <= allowed, f"off by {error:.3g}, allowed {allowed:.3g}"
