@@ -150,7 +150,7 @@ class Session:
         """Of one of its utterances, which is over, keep what was heard."""
         with self._busy():
             # A frame of which anything was heard counts as heard; no rounding adds one to a whole number of frames.
-            frames = math.ceil(heard_seconds * self._engine.runtime.frame_rate - 1e-6)
+            frames = math.ceil(min(heard_seconds, 1e9) * self._engine.runtime.frame_rate - 1e-6)
             self._conversation.keep_heard(utterance, frames)
 
     def _turn(self, segment: Segment) -> Prompt:

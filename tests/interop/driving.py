@@ -175,8 +175,22 @@ def expected(starts: list[tuple[int, int]], samples: np.ndarray, size: int) -> n
     return timeline[:size]
 
 
+def without_pauses(heard: np.ndarray) -> tuple[np.ndarray, int]:
+    """What was heard from its first loud quantum to its last, and the silent ones between them taken out and counted.
+
+    A renderer does not wait for a node that the page is changing: for that quantum, it is silent.
+    """
+    quanta = heard[: len(heard) // QUANTUM * QUANTUM].reshape(-1, QUANTUM)
+    is_loud = quanta.any(axis=1)
+    first, last = np.flatnonzero(is_loud)[[0, -1]]
+    kept = quanta[first : last + 1][is_loud[first : last + 1]]
+    pauses = last + 1 - first - len(kept)
+    assert pauses <= FEW_QUANTA, f"{pauses} quanta are silent"
+    return kept.ravel(), int(pauses)
+
+
 def assert_heard(heard: np.ndarray, wanted: np.ndarray) -> None:
-    """The same, but for the last bits of a float, and a few quanta that the renderer of a busy machine gets wrong."""
+    """The same, but for the last bits of a float, and a few quanta of a busy machine, see `without_pauses`."""
     assert heard.shape == wanted.shape
     wrong = np.unique(np.flatnonzero(np.abs(heard - wanted) > 1e-9) // QUANTUM)
     assert len(wrong) <= FEW_QUANTA, f"{len(wrong)} of {len(heard) // QUANTUM} quanta differ, the first is {wrong[0]}"

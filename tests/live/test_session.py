@@ -323,7 +323,9 @@ def test_what_was_handed_out_of_a_turn_that_was_left_is_context(
 
 
 @pytest.mark.parametrize("is_over", [False, True], ids=["while-it-is-made", "while-it-is-played"])
-@pytest.mark.parametrize(("heard_seconds", "frames"), [(0.0, 0), (0.05, 1), (0.16, 2), (0.17, 3), (0.48, 6), (9.0, 6)])
+@pytest.mark.parametrize(
+    ("heard_seconds", "frames"), [(0.0, 0), (0.05, 1), (0.16, 2), (0.17, 3), (0.48, 6), (9.0, 6), (10**400, 6)]
+)
 def test_what_was_heard_before_an_interruption_is_context(
     made: Made, heard_seconds: float, frames: int, is_over: bool, seed: int
 ) -> None:
