@@ -360,6 +360,7 @@ def test_limits_are_the_settings(server: Running) -> None:
 def test_a_full_engine_is_overloaded(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's own admission: no slot, and no room to wait."""
     monkeypatch.setattr(server.engine.loop, "max_waiting", 0)
+    monkeypatch.setattr(server.engine.loop.scheduler, "retry_after", lambda *_: None)  # a busy machine refuses none
     held = [server.engine.stream("Hello there.", max_seconds=20) for _ in range(4)]
     try:
         for speech in held:
