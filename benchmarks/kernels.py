@@ -331,6 +331,7 @@ def run(parsed: argparse.Namespace) -> int:
             try:
                 result = measure(name, rows, device, dtype, parsed)
             except torch.OutOfMemoryError:
+                results.append({"case": name, "rows": rows, "dtype": parsed.dtype, "error": "not enough memory"})
                 print(f"{name:<20}{rows:>5}  not enough memory on this device")
                 continue
             result["copy_fraction"] = result["moved_bytes"] / result["seconds"] / bandwidth

@@ -25,6 +25,8 @@ from aloud.live_speech import LiveSpeech, Text
 from aloud.prepare import (
     check_manner,
     check_voice,
+    is_number,
+    is_whole,
     read_turns,
     resolve_guards,
     resolve_sampling,
@@ -75,11 +77,11 @@ class Engine:
         stuck_after_seconds: a step that takes longer is taken for a device that does not answer, and those who wait
             are told so.
         """
-        if not isinstance(max_waiting, int) or isinstance(max_waiting, bool) or max_waiting < 0:
+        if not is_whole(max_waiting) or max_waiting < 0:
             raise RequestError(f"max_waiting must be a whole number, 0 or more, got {max_waiting!r}.")
-        if not _is_seconds(stuck_after_seconds) or not 0 < stuck_after_seconds <= 86_400:
+        if not is_number(stuck_after_seconds) or not 0 < stuck_after_seconds <= 86_400:
             raise RequestError(f"stuck_after_seconds must be above 0 and at most 86,400, got {stuck_after_seconds!r}.")
-        if session_bytes is not None and (type(session_bytes) is not int or session_bytes < 0):
+        if session_bytes is not None and (not is_whole(session_bytes) or session_bytes < 0):
             raise RequestError(f"session_bytes must be a whole number, 0 or more, got {session_bytes!r}.")
         if runtime.loop.is_run:
             raise RequestError("The runtime has an engine already. Use that one, or close it first.")
@@ -437,10 +439,6 @@ def _lead(pace: Pace, lead_seconds: float | None) -> float | None:
     if pace not in ("realtime", "full"):
         raise RequestError(f'pace must be "realtime" or "full", got {pace!r}.')
     lead = LEAD_SECONDS if lead_seconds is None else lead_seconds
-    if not _is_seconds(lead) or not 0.08 <= lead <= 60:
+    if not is_number(lead) or not 0.08 <= lead <= 60:
         raise RequestError(f"lead_seconds must be from 0.08 to 60, got {lead_seconds!r}.")
     return None if pace == "full" else float(lead)
-
-
-def _is_seconds(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

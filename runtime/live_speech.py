@@ -14,7 +14,7 @@ from aloud.audio import Audio
 from aloud.engine.loop import Loop
 from aloud.engine.stream import Stream
 from aloud.errors import EngineClosed, RequestError
-from aloud.prepare import check_text
+from aloud.prepare import check_text, is_number
 from aloud.request import Guards
 from aloud.utterance import Utterance, Want
 
@@ -166,8 +166,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
 
         Raises `RequestError` for what is no number of seconds, and `SessionBusy` when the session has gone on.
         """
-        is_number = isinstance(heard_seconds, (int, float)) and not isinstance(heard_seconds, bool)
-        if not is_number or not 0 <= heard_seconds < math.inf:
+        if not is_number(heard_seconds) or not 0 <= heard_seconds < math.inf:
             raise RequestError(f"heard_seconds must be a number of seconds, 0 or more, got {heard_seconds!r}.")
         self.cancel()
         if self._utterance is not None:

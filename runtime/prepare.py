@@ -249,7 +249,7 @@ def _check_text(name: str, text: str) -> None:
 
 
 def _check_speaker(speaker: int) -> None:
-    if not _is_whole(speaker) or not 0 <= speaker <= MAX_SPEAKER:
+    if not is_whole(speaker) or not 0 <= speaker <= MAX_SPEAKER:
         raise SpeakerInvalid(f"speaker must be a whole number from 0 to {MAX_SPEAKER}, got {speaker!r}.")
 
 
@@ -265,7 +265,7 @@ def _check_segment(segment: Segment) -> None:
 def _check_temperature(name: str, value: float | None) -> None:
     if value is None:
         return
-    if not _is_number(value):
+    if not is_number(value):
         raise SamplingInvalid(f"{name} must be a number, got {value!r}.")
     if not (value == 0 or MIN_TEMPERATURE <= value <= MAX_TEMPERATURE):
         raise SamplingInvalid(
@@ -274,19 +274,19 @@ def _check_temperature(name: str, value: float | None) -> None:
 
 
 def _check_top_k(name: str, value: int | None) -> None:
-    if value is not None and not (_is_whole(value) and 0 <= value < 2**31):
+    if value is not None and not (is_whole(value) and 0 <= value < 2**31):
         raise SamplingInvalid(f"{name} must be a whole number, 1 or more, or 0 to keep every token; got {value!r}.")
 
 
 def _check_seed(seed: int | None) -> None:
-    if seed is not None and not (_is_whole(seed) and 0 <= seed < 2**64):
+    if seed is not None and not (is_whole(seed) and 0 <= seed < 2**64):
         raise SamplingInvalid(f"seed must be a whole number from 0 to 2^64 - 1, got {seed!r}.")
 
 
 def _check_max_seconds(max_seconds: float | None) -> None:
     if max_seconds is None:
         return
-    if not _is_number(max_seconds):
+    if not is_number(max_seconds):
         raise SamplingInvalid(f"max_seconds must be a number of seconds, got {max_seconds!r}.")
     if not 0 < max_seconds <= MAX_ASKED_SECONDS:
         raise SamplingInvalid(
@@ -302,15 +302,17 @@ def _check_guards(guards: Guards | None) -> None:
     for name, value in asdict(guards).items():
         if value is None and name in OPTIONAL_GUARDS:
             continue
-        if not _is_number(value) or not math.isfinite(value) or (value < 0 and name != "silence_dbfs"):
+        if not is_number(value) or not math.isfinite(value) or (value < 0 and name != "silence_dbfs"):
             raise SamplingInvalid(f"{name} of guards must be a finite number, and not negative, got {value!r}.")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, Python's or NumPy's; truth values are none."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, Python's or NumPy's; truth values are none."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

@@ -1,4 +1,7 @@
-"""Who gets a slot, who gives one away, and how a stream leaves it."""
+"""Who gets a slot, who gives one away, and how a stream leaves it.
+
+Whatever a step raises here, of any class, is the error of the one stream that it was made for: the others go on.
+"""
 
 from __future__ import annotations
 

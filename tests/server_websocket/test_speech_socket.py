@@ -164,6 +164,24 @@ class TestCancel:
             assert client.until("audio.cancelled")[-1]["audio_seconds"] == 0
             assert audio(client.speak(FIRST)) == expected
 
+    def test_leaves_what_was_heard_of_a_turn_that_is_being_spoken(
+        self, served: Served, engine: Engine, seed: int
+    ) -> None:
+        session = engine.session(speaker=0)
+        speech = session.stream("A long text. " * 30, seed=seed, max_seconds=60)
+        for _ in range(3):
+            next(speech)
+        speech.interrupt(0.15)  # two frames
+        expected = pcm(session.stream(SECOND, seed=seed, max_seconds=60))
+        with served.connect() as client:
+            client.send("session.config", seed=seed, max_seconds=60)
+            client.send("input.text", text="A long text. " * 30)
+            for _ in range(3):
+                client.until("audio.delta")
+            client.send("input.cancel", heard_seconds=0.15)
+            assert client.until("audio.cancelled")[-1]["audio_seconds"] >= 3 * 0.08
+            assert audio(client.speak(SECOND)) == expected
+
     def test_a_player_begins_anew_after_it(self, served: Served, seed: int) -> None:
         with served.connect() as client:
             client.send("session.config", seed=seed, max_seconds=0.8)
