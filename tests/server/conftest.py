@@ -8,7 +8,7 @@ import pytest
 
 from aloud import Engine, Runtime
 from aloud.checkpoint.random import write_random
-from server.running import Lines, Running, is_idle, logged, serving, wait_until
+from server.running import RUNNING, Lines, Running, is_idle, logged, serving, wait_until
 
 
 @pytest.fixture(scope="package")
@@ -30,9 +30,10 @@ def server(engine: Engine) -> Iterator[Running]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(engine: Engine) -> Iterator[None]:
-    """Every test gives back its slots."""
+    """Every test gives back its slots, and the next one sees no line or count of its answers."""
     yield
     wait_until(lambda: is_idle(engine))
+    wait_until(lambda: all(running.is_idle for running in RUNNING), 20)
 
 
 @pytest.fixture

@@ -39,6 +39,11 @@ class Running:
     server: Server
 
     @property
+    def is_idle(self) -> bool:
+        """Whether every answer is over, its line in the log written and its counts made."""
+        return not self.server.server_state.tasks
+
+    @property
     def port(self) -> int:
         """Its port."""
         return int(self.url.rpartition(":")[2])
@@ -58,6 +63,10 @@ def asked(**body: Any) -> dict[str, Any]:
     """The body of a short request; None leaves a field out."""
     given = {"input": TEXT, "response_format": "pcm", "max_seconds": 0.8, "seed": 7, **body}
     return {name: value for name, value in given.items() if value is not None}
+
+
+RUNNING: list[Running] = []
+"""The servers that run."""
 
 
 @contextmanager
@@ -85,9 +94,12 @@ def serving(engine: Engine, settings: Settings | None = None, app: Any = None) -
     wait_until(lambda: server.started or not thread.is_alive(), 20)
     assert server.started
     port = server.servers[0].sockets[0].getsockname()[1]
+    running = Running(f"http://127.0.0.1:{port}", engine, app, server)
+    RUNNING.append(running)
     try:
-        yield Running(f"http://127.0.0.1:{port}", engine, app, server)
+        yield running
     finally:
+        RUNNING.remove(running)
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
