@@ -13,7 +13,8 @@ import torch
 from aloud.kernels.attention import plan_attention_output
 from aloud.kernels.codebook_head import plan_codebook_head
 from aloud.kernels.draw import plan_draw
-from aloud.kernels.embedding import plan_embed_code, plan_embed_frame
+from aloud.kernels.embedding import plan_embed_code, plan_embed_prompt
+from aloud.kernels.frame_state import plan_begin_frame, plan_end_frame
 from aloud.kernels.launch import Launch
 from aloud.kernels.linear import plan_linear_residual, plan_norm_linear, plan_norm_swiglu
 from aloud.kernels.next_code import allocate_scratch, plan_draw_embed, plan_next_code
@@ -25,6 +26,7 @@ from aloud.kernels.swiglu import plan_swiglu
 EPS = 1e-5
 CODEBOOKS = 32
 VOCABULARY = 2051
+TEXT_VOCABULARY = 128_256
 DRAWABLE = 2048
 Case = Callable[[torch.dtype, int, int], Launch | tuple[Launch, ...]]
 
@@ -187,10 +189,35 @@ def next_code(hidden_size: int, heads: int) -> Case:
     return plan
 
 
-def embed_frame(dtype: torch.dtype, rows: int, capability: int) -> Launch:
-    """The backbone's input."""
+def embed_prompt(dtype: torch.dtype, rows: int, capability: int) -> Launch:
+    """The backbone's input at prompt positions."""
+    tokens, codes = empty(rows, dtype=torch.int64), empty(CODEBOOKS, rows, dtype=torch.int64).T
+    text_table, table = empty(TEXT_VOCABULARY, 2048, dtype=dtype), empty(CODEBOOKS * VOCABULARY, 2048, dtype=dtype)
+    return plan_embed_prompt(tokens, codes, text_table, table, VOCABULARY, capability=capability)
+
+
+def begin_frame(dtype: torch.dtype, rows: int, capability: int) -> Launch:
+    """What a frame takes from its streams."""
+    numbers = empty(rows + 1, dtype=torch.int64)
+    return plan_begin_frame(
+        empty(rows + 1, 2048, dtype=dtype),
+        numbers,
+        numbers,
+        numbers,
+        empty(2, rows + 1, dtype=torch.float32),
+        empty(2, rows + 1, dtype=torch.int32),
+        empty(rows, dtype=torch.int64),
+        CODEBOOKS,
+        capability=capability,
+    )
+
+
+def end_frame(dtype: torch.dtype, rows: int, capability: int) -> Launch:
+    """What a frame leaves to its streams."""
     codes, table = empty(rows, CODEBOOKS, dtype=torch.int64), empty(CODEBOOKS * VOCABULARY, 2048, dtype=dtype)
-    return plan_embed_frame(codes, table, VOCABULARY, capability=capability)
+    next_input, numbers = empty(rows + 1, 2048, dtype=dtype), empty(rows + 1, dtype=torch.int64)
+    slots = empty(rows, dtype=torch.int64)
+    return plan_end_frame(codes, table, VOCABULARY, next_input, numbers, numbers, slots, capability=capability)
 
 
 def embed_code(dtype: torch.dtype, rows: int, capability: int) -> Launch:
@@ -219,7 +246,9 @@ CASES: dict[str, Case] = {
     "draw": draw,
     "next_code.backbone": next_code(2048, heads=1),
     "next_code.depth": next_code(1024, heads=CODEBOOKS - 1),
-    "embed_frame": embed_frame,
+    "embed_prompt": embed_prompt,
+    "begin_frame": begin_frame,
+    "end_frame": end_frame,
     "embed_code": embed_code,
     "rotate.backbone": rotate_qkv(heads=32, kv_heads=8, head_dim=64, positions=2048),
     "rotate.depth": rotate_qkv(heads=8, kv_heads=2, head_dim=128, positions=CODEBOOKS),

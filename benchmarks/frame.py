@@ -33,7 +33,7 @@ from aloud.engine.graphs import GraphSteps
 from aloud.engine.loop import Loop
 from aloud.engine.steps import EagerSteps, Steps
 from aloud.engine.stream import Job
-from aloud.kernels.embedding import embed_frame
+from aloud.kernels.frame_state import begin_frame, end_frame
 from aloud.kernels.linear import norm_linear
 from aloud.kernels.next_code import next_code
 from aloud.memory import bytes_of
@@ -304,6 +304,7 @@ def frame_parts(model: Csm, state: CsmState, slots: torch.Tensor, context: int) 
         torch.randint(1, config.drawable, (rows,), device=device, generator=generator) for _ in range(config.codebooks)
     ]
     drawn_codes = torch.stack(codes, dim=1)
+    moving = torch.zeros(2, len(state.position), dtype=torch.int64, device=device)  # the streams' own stand still
 
     def backbone() -> object:
         return transformer.step(config.backbone, weights.backbone, state.backbone_cache, x, slots, positions)
@@ -343,13 +344,19 @@ def frame_parts(model: Csm, state: CsmState, slots: torch.Tensor, context: int) 
         return last
 
     def state_part() -> object:
-        position, frame, _ = state.position[slots], state.frame[slots], state.seed[slots]
-        numbers = state.temperature[:, slots], state.top_k[:, slots], state.next_input[slots]
+        begun = begin_frame(
+            state.next_input,
+            state.position,
+            state.frame,
+            state.seed,
+            state.temperature,
+            state.top_k,
+            slots,
+            config.codebooks,
+        )
         drawn = torch.stack(codes, dim=1)
-        state.next_input[slots] = embed_frame(drawn, weights.audio_embedding, config.audio_vocabulary)
-        state.position[slots] = position + (slots < 0)  # stands still, at the price of a step
-        state.frame[slots] = frame + 1
-        return numbers
+        end_frame(drawn, weights.audio_embedding, config.audio_vocabulary, state.next_input, *moving, slots)
+        return begun
 
     def codec() -> object:
         return model.decode(state, drawn_codes, slots)

@@ -354,7 +354,7 @@ def attention_output(
 
     query [rows, heads, head_dim]; cache [2, slots, kv_heads, positions, head_dim]; slots, positions int64 [rows]:
     row r attends to positions 0 .. positions[r] of slot slots[r]; weight [hidden_size, heads * head_dim];
-    residual [rows, hidden_size] -> [rows, hidden_size]
+    residual [rows, hidden_size], which is given up: the result may lie in its place -> [rows, hidden_size]
     """
     sizes: dict[str, int] = {}
     check("query", query, "rows heads head_dim", sizes)

@@ -1,9 +1,10 @@
-"""Embeddings of codebook tokens from one table in which codebook c's token t is row c * vocabulary + t.
+"""Embeddings of tokens: text tokens from a table of their own, codebook tokens from one table in which codebook c's
+token t is row c * vocabulary + t.
 
-    embed_frame   the sum of a frame's embeddings, one a codebook: the backbone's input
-    embed_code    one codebook's embedding: the depth decoder's input
+    embed_prompt   a text token's embedding, or the sum of a frame's embeddings, one a codebook: the backbone's input
+    embed_code     one codebook's embedding: the depth decoder's input
 
-Tokens below 0 mark rows from which nothing could be drawn; they embed as token 0.
+Codebook tokens below 0 mark rows from which nothing could be drawn; they embed as token 0.
 """
 
 from __future__ import annotations
@@ -16,9 +17,17 @@ from aloud.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, t
 
 
 def embed_frame_reference(codes: torch.Tensor, table: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """The definition of `embed_frame`."""
+    """The sum of the embeddings of codes [rows, codebooks] -> [rows, hidden_size]."""
     offsets = torch.arange(codes.shape[1], device=codes.device) * vocabulary
     return table[codes.clamp(min=0) + offsets].float().sum(dim=1).to(table.dtype)
+
+
+def embed_prompt_reference(
+    text_tokens: torch.Tensor, codes: torch.Tensor, text_table: torch.Tensor, table: torch.Tensor, vocabulary: int
+) -> torch.Tensor:
+    """The definition of `embed_prompt`."""
+    text = text_table[text_tokens.clamp(min=0)]
+    return torch.where((text_tokens >= 0)[:, None], text, embed_frame_reference(codes, table, vocabulary))
 
 
 def embed_code_reference(codes: torch.Tensor, table: torch.Tensor, vocabulary: int, codebook: int) -> torch.Tensor:
@@ -38,13 +47,40 @@ CODE_COLUMNS = 1024
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["vocabulary", "stride_codes_row", "stride_codes_codebook"])
-def embed_frame_kernel(
+@triton.jit
+def sum_embeddings(
     codes_ptr,
+    table_ptr,
+    stride_codes_codebook,
+    stride_table_row,
+    codebooks,
+    vocabulary,
+    column,
+    column_inside,
+    CODEBOOKS: tl.constexpr,
+):
+    """Sum the embeddings of one frame, whose codes begin at `codes_ptr` -> float32 [columns].
+
+    CODEBOOKS is the next power of two of `codebooks`, which is 0 where there is no frame.
+    """
+    codebook = tl.arange(0, CODEBOOKS)
+    code = tl.maximum(tl.load(codes_ptr + codebook * stride_codes_codebook, mask=codebook < codebooks, other=0), 0)
+    entry = (code + codebook * vocabulary)[:, None] * stride_table_row  # int64, as the codes are
+    inside = (codebook < codebooks)[:, None] & column_inside[None, :]
+    embeddings = tl.load(table_ptr + entry + column[None, :], mask=inside, other=0.0)
+    return tl.sum(embeddings.to(tl.float32), axis=0)
+
+
+@triton.jit(do_not_specialize=["vocabulary", "stride_codes_row", "stride_codes_codebook"])
+def embed_prompt_kernel(
+    text_tokens_ptr,
+    codes_ptr,
+    text_table_ptr,
     table_ptr,
     out_ptr,
     stride_codes_row,
     stride_codes_codebook,
+    stride_text_table_row,
     stride_table_row,
     codebooks,
     vocabulary,
@@ -53,21 +89,29 @@ def embed_frame_kernel(
     COLUMNS: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """One program sums COLUMNS columns of one row's embeddings; CODEBOOKS is the next power of two of `codebooks`."""
+    """One program makes COLUMNS columns of one row, from its text token or from its codes."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    codebook = tl.arange(0, CODEBOOKS)
+    inside = column < hidden_size
     if PROGRAMMATIC:
         gdc_launch_dependents()
         gdc_wait()
-    codes = codes_ptr + row * stride_codes_row + codebook * stride_codes_codebook
-    code = tl.maximum(tl.load(codes, mask=codebook < codebooks, other=0), 0)
-    entry = (code + codebook * vocabulary)[:, None] * stride_table_row  # int64, as the codes are
-    inside = (codebook < codebooks)[:, None] & (column < hidden_size)[None, :]
-    embeddings = tl.load(table_ptr + entry + column[None, :], mask=inside, other=0.0)
-    total = tl.sum(embeddings.to(tl.float32), axis=0)
-    out = out_ptr + row * hidden_size + column
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=column < hidden_size)
+    token = tl.load(text_tokens_ptr + row)
+    text = tl.load(text_table_ptr + token * stride_text_table_row + column, mask=inside & (token >= 0), other=0.0)
+    codebooks = tl.where(token >= 0, 0, codebooks)
+    audio = sum_embeddings(
+        codes_ptr + row * stride_codes_row,
+        table_ptr,
+        stride_codes_codebook,
+        stride_table_row,
+        codebooks,
+        vocabulary,
+        column,
+        inside,
+        CODEBOOKS,
+    )
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + row * hidden_size + column, tl.where(token >= 0, text, audio.to(dtype)), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_entry", "stride_codes_row"])
@@ -94,22 +138,33 @@ def embed_code_kernel(
     tl.store(out_ptr + row * hidden_size + column, embedding, mask=column < hidden_size)
 
 
-def plan_embed_frame(codes: torch.Tensor, table: torch.Tensor, vocabulary: int, *, capability: int) -> Launch:
-    """The launch behind `embed_frame`."""
+def plan_embed_prompt(
+    text_tokens: torch.Tensor,
+    codes: torch.Tensor,
+    text_table: torch.Tensor,
+    table: torch.Tensor,
+    vocabulary: int,
+    *,
+    capability: int,
+) -> Launch:
+    """The launch behind `embed_prompt`."""
     rows, codebooks = codes.shape
     hidden_size = table.shape[1]
-    table = table.contiguous()
+    text_table, table = text_table.contiguous(), table.contiguous()
     out = torch.empty(rows, hidden_size, dtype=table.dtype, device=codes.device)
     programmatic = capability >= PROGRAMMATIC_LAUNCH_CAPABILITY
     return Launch(
-        embed_frame_kernel,
+        embed_prompt_kernel,
         grid=(rows, ceil_div(hidden_size, FRAME_COLUMNS)),
         arguments={
+            "text_tokens_ptr": text_tokens.contiguous(),
             "codes_ptr": codes,
+            "text_table_ptr": text_table,
             "table_ptr": table,
             "out_ptr": out,
             "stride_codes_row": codes.stride(0),
             "stride_codes_codebook": codes.stride(1),
+            "stride_text_table_row": text_table.stride(0),
             "stride_table_row": table.stride(0),
             "codebooks": codebooks,
             "vocabulary": vocabulary,
@@ -148,14 +203,23 @@ def plan_embed_code(
     )
 
 
-def embed_frame(codes: torch.Tensor, table: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """codes int64 [rows, codebooks], table [codebooks * vocabulary, hidden_size] -> [rows, hidden_size]."""
+def embed_prompt(
+    text_tokens: torch.Tensor, codes: torch.Tensor, text_table: torch.Tensor, table: torch.Tensor, vocabulary: int
+) -> torch.Tensor:
+    """Embed each row's text token, or its frame of codebook tokens where text_tokens is -1 -> [rows, hidden_size].
+
+    text_tokens int64 [rows], codes int64 [rows, codebooks], text_table [text_vocabulary, hidden_size], table
+    [codebooks * vocabulary, hidden_size]
+    """
     sizes: dict[str, int] = {}
-    check("codes", codes, "rows codebooks", sizes, dtype=torch.int64)
+    check("text_tokens", text_tokens, "rows", sizes, dtype=torch.int64)
+    check("codes", codes, "rows codebooks", sizes, dtype=torch.int64, device=text_tokens.device)
     check("table", table, f"{sizes['codebooks'] * vocabulary} hidden_size", sizes, device=codes.device)
+    check("text_table", text_table, "text_vocabulary hidden_size", sizes, dtype=table.dtype, device=codes.device)
     if not codes.is_cuda:
-        return embed_frame_reference(codes, table, vocabulary)
-    launch = plan_embed_frame(codes, table, vocabulary, capability=capability(codes.device))
+        return embed_prompt_reference(text_tokens, codes, text_table, table, vocabulary)
+    version = capability(codes.device)
+    launch = plan_embed_prompt(text_tokens, codes, text_table, table, vocabulary, capability=version)
     launch.run()
     return launch.outputs[0]
 

@@ -7,7 +7,7 @@
 Weights are [outputs, inputs], rows of x are independent of each other, sums are in float32, and each product, silu and
 sum is rounded to x's dtype, as the references round. How weights stream and how many a program owns: product.py. For
 more rows than these kernels take, the products are cuBLAS's (`..._by_library`), with kernels before and behind them;
-where it splits a sum, it may round the parts.
+it adds a residual before it rounds, and where it splits a sum, it may round the parts.
 """
 
 from __future__ import annotations
@@ -255,8 +255,8 @@ def plan_norm_swiglu(
 
 
 def linear_residual_by_library(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """`linear_residual` of many rows, whose product is cuBLAS's."""
-    return residual + F.linear(x, weight)
+    """`linear_residual` of many rows, whose product is cuBLAS's, which adds it to the residual where that lies."""
+    return residual.addmm_(x, weight.T)
 
 
 def norm_linear_by_library(x: torch.Tensor, gain: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
@@ -270,7 +270,10 @@ def norm_swiglu_by_library(x: torch.Tensor, gain: torch.Tensor, eps: float, gate
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """residual + x W^T: x [rows, inputs], weight [outputs, inputs], residual [rows, outputs] -> [rows, outputs]."""
+    """residual + x W^T: x [rows, inputs], weight [outputs, inputs], residual [rows, outputs] -> [rows, outputs].
+
+    The residual is given up: the result may lie in its place.
+    """
     sizes: dict[str, int] = {}
     check("x", x, "rows inputs", sizes)
     check("weight", weight, "outputs inputs", sizes, dtype=x.dtype, device=x.device)

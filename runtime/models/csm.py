@@ -13,7 +13,8 @@ import torch
 
 from aloud import memory
 from aloud.codec import mimi
-from aloud.kernels.embedding import embed_frame
+from aloud.kernels import embedding
+from aloud.kernels.frame_state import begin_frame, end_frame
 from aloud.kernels.linear import norm_linear
 from aloud.kernels.next_code import NextCodeScratch, allocate_scratch, next_code
 from aloud.models import transformer
@@ -134,9 +135,8 @@ def embed_prompt(
     """What the backbone reads at prompt positions: text_tokens int64 [positions], -1 where codes int64 [positions,
     codebooks] stand -> [positions, hidden_size]
     """
-    text = weights.text_embedding[text_tokens.clamp(min=0)]
-    audio = embed_frame(codes, weights.audio_embedding, config.audio_vocabulary)
-    return torch.where((text_tokens >= 0)[:, None], text, audio)
+    tables = weights.text_embedding, weights.audio_embedding
+    return embedding.embed_prompt(text_tokens, codes, *tables, config.audio_vocabulary)
 
 
 def start(state: CsmState, slot: int, sampling: Sampling, seed: int, positions: int) -> None:
@@ -204,8 +204,16 @@ def draw_codes(config: CsmConfig, weights: CsmWeights, state: CsmState, slots: t
 
     -> int64 [rows, codebooks]; -1 where the logits were not finite
     """
-    position, frame_index, seed = state.position[slots], state.frame[slots], state.seed[slots]
-    temperature, top_k = state.temperature[:, slots], state.top_k[:, slots]  # [2, rows]: backbone, depth decoder
+    rows = begin_frame(
+        state.next_input,
+        state.position,
+        state.frame,
+        state.seed,
+        state.temperature,
+        state.top_k,
+        slots,
+        config.codebooks,
+    )
     codes: list[torch.Tensor] = []
 
     def draw_next(hidden: torch.Tensor) -> torch.Tensor:
@@ -223,11 +231,11 @@ def draw_codes(config: CsmConfig, weights: CsmWeights, state: CsmState, slots: t
             heads,
             head,
             drawable=config.drawable,
-            seed=seed,
-            frame=frame_index,
+            seed=rows.seed,
+            frame=rows.frame,
             codebook=codebook,
-            temperature=temperature[decoder],
-            top_k=top_k[decoder],
+            temperature=rows.temperature[decoder],
+            top_k=rows.top_k[decoder],
             table=weights.depth_embedding,
             vocabulary=config.audio_vocabulary,
             scratch=state.scratch,
@@ -235,22 +243,19 @@ def draw_codes(config: CsmConfig, weights: CsmWeights, state: CsmState, slots: t
         codes.append(code)
         return embedded
 
-    hidden = transformer.step(
-        config.backbone, weights.backbone, state.backbone_cache, state.next_input[slots], slots, position
-    )
+    hidden = transformer.step(config.backbone, weights.backbone, state.backbone_cache, rows.x, slots, rows.position)
     first = norm_linear(hidden, weights.backbone.norm, config.backbone.norm_eps, weights.depth_projector)
     # The backbone's output and the first code go through the depth decoder together, as two rows of one slot.
-    x, x_slots = torch.cat([first, draw_next(hidden)]), torch.cat([slots, slots])
-    places = torch.arange(config.codebooks, device=slots.device)[:, None].expand(-1, len(slots)).flatten()
+    x, x_slots = torch.cat([first, draw_next(hidden)]), rows.slots_twice
     for place in range(1, config.codebooks):
-        x_places = places[(place + 1) * len(slots) - len(x) : (place + 1) * len(slots)]
+        x_places = rows.places[(place + 1) * len(slots) - len(x) : (place + 1) * len(slots)]
         hidden = transformer.step(config.depth, weights.depth, state.depth_cache, x, x_slots, x_places)
         x, x_slots = draw_next(hidden[-len(slots) :]), slots
 
     drawn = torch.stack(codes, dim=1)
-    state.next_input[slots] = embed_frame(drawn, weights.audio_embedding, config.audio_vocabulary)
-    state.position[slots] = position + (slots < state.position.shape[0] - 1)  # the scratch slot stands still
-    state.frame[slots] = frame_index + 1
+    end_frame(
+        drawn, weights.audio_embedding, config.audio_vocabulary, state.next_input, state.position, state.frame, slots
+    )
     return drawn
 
 

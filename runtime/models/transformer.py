@@ -94,6 +94,7 @@ def step(
     """One position for each row: x [rows, hidden_size] at positions [rows] of slots [rows] -> [rows, hidden_size].
 
     Rows that share a slot see each other's keys and values up to their own position: a prompt's positions go together.
+    x is given up: the result may lie in its place.
     """
     for layer, layer_cache in zip(weights.layers, cache, strict=True):
         query = norm_qkv_rope(

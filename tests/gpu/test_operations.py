@@ -10,7 +10,7 @@ import torch
 from aloud.kernels.attention import attention_output, attention_output_reference
 from aloud.kernels.codebook_head import codebook_head, codebook_head_reference
 from aloud.kernels.draw import draw
-from aloud.kernels.embedding import embed_code, embed_code_reference, embed_frame, embed_frame_reference
+from aloud.kernels.embedding import embed_code, embed_code_reference, embed_prompt, embed_prompt_reference
 from aloud.kernels.linear import (
     linear_residual,
     linear_residual_reference,
@@ -138,9 +138,10 @@ def test_qkv_rope_and_attention(
 
 
 def test_embeddings(rows: int, dtype: torch.dtype, new: Callable[..., Tensor], generator: torch.Generator) -> None:
-    table = new(32 * 67, 300)
+    table, text_table = new(32 * 67, 300), new(40, 300)
     codes = torch.randint(-1, 67, (rows, 32), generator=generator)
-    assert_same(embed_frame, embed_frame_reference, codes, table, 67, dtype=dtype)
+    text_tokens = torch.randint(-40, 40, (rows,), generator=generator).clamp(min=-1)
+    assert_same(embed_prompt, embed_prompt_reference, text_tokens, codes, text_table, table, 67, dtype=dtype)
     assert_same(embed_code, embed_code_reference, codes[:, 5], table, 67, 5, dtype=dtype)
 
 

@@ -25,7 +25,7 @@ from transformers.models.csm.modeling_csm import (
 
 from aloud.kernels.attention import attention_output
 from aloud.kernels.codebook_head import codebook_head
-from aloud.kernels.embedding import embed_code, embed_frame
+from aloud.kernels.embedding import embed_code, embed_prompt
 from aloud.kernels.linear import linear_residual, norm_linear, norm_swiglu
 from aloud.kernels.qkv import norm_qkv_rope
 from aloud.kernels.rms_norm import rms_norm
@@ -317,11 +317,11 @@ def test_norm_swiglu(rows: int, hidden: int, width: int, dtype: torch.dtype, gen
 @dtypes
 @pytest.mark.parametrize(("rows", "codebooks", "vocabulary"), [(1, 2, 67), (5, 32, 83), (3, 8, 2051)])
 @torch.no_grad()
-def test_embed_frame(
+def test_embed_prompt(
     rows: int, codebooks: int, vocabulary: int, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     random = Randoms(generator, dtype)
-    table = random(codebooks * vocabulary, 24)
+    table, text_table = random(codebooks * vocabulary, 24), random(9, 24)
     codes = torch.randint(0, vocabulary, (rows, codebooks), generator=generator)
     codes[0, 0], codes[-1, -1] = vocabulary - 1, 0
     config = CsmConfig(num_codebooks=codebooks, vocab_size=vocabulary, hidden_size=24, num_attention_heads=1)
@@ -329,7 +329,10 @@ def test_embed_frame(
     module.embed_audio_tokens.weight = nn.Parameter(table)
     theirs = module(codes[None])[0]
     exact = module.double()(codes[None])[0]
-    assert_accurate(embed_frame(codes, table, vocabulary), exact, theirs)
+    audio = torch.full((rows,), -1)
+    assert_accurate(embed_prompt(audio, codes, text_table, table, vocabulary), exact, theirs)
+    text_tokens = torch.randint(9, (rows,), generator=generator)
+    assert torch.equal(embed_prompt(text_tokens, codes, text_table, table, vocabulary), text_table[text_tokens])
 
 
 @dtypes
@@ -343,7 +346,8 @@ def test_embed_code(dtype: torch.dtype, generator: torch.Generator) -> None:
 def test_rows_from_which_nothing_was_drawn_embed_as_token_0(generator: torch.Generator) -> None:
     table = Randoms(generator, torch.float32)(3 * 10, 4)
     nothing, zero = torch.tensor([[-1, 3, -1]]), torch.tensor([[0, 3, 0]])
-    assert torch.equal(embed_frame(nothing, table, 10), embed_frame(zero, table, 10))
+    given = (table[:5], table, 10)
+    assert torch.equal(embed_prompt(nothing[0, :1], nothing, *given), embed_prompt(nothing[0, :1], zero, *given))
     for codebook in range(3):
         assert torch.equal(embed_code(nothing[0], table, 10, codebook), embed_code(zero[0], table, 10, codebook))
 
@@ -409,7 +413,16 @@ CALLS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
             "residual": zeros(3, 16),
         },
     ),
-    "embed_frame": (embed_frame, {"codes": indices(3, 5), "table": zeros(50, 8), "vocabulary": 10}),
+    "embed_prompt": (
+        embed_prompt,
+        {
+            "text_tokens": indices(3),
+            "codes": indices(3, 5),
+            "text_table": zeros(7, 8),
+            "table": zeros(50, 8),
+            "vocabulary": 10,
+        },
+    ),
     "embed_code": (embed_code, {"codes": indices(3), "table": zeros(50, 8), "vocabulary": 10, "codebook": 4}),
     "codebook_head": (
         codebook_head,
@@ -458,14 +471,13 @@ def test_every_wrong_size_is_refused(call: str, name: str) -> None:
         ("linear_residual", "x"): (),
         ("norm_qkv_rope", "table"): (1,),  # more positions than are used
         ("embed_code", "codes"): (0,),
-        ("embed_frame", "codes"): (0,),
         ("rms_norm", "x"): (0,),
         ("norm_linear", "x"): (0,),
         ("codebook_head", "x"): (0,),
         ("norm_swiglu", "x"): (0,),
         ("norm_linear", "weight"): (0,),
         ("embed_code", "table"): (0, 1),
-        ("embed_frame", "table"): (1,),
+        ("embed_prompt", "text_table"): (0,),
         ("norm_qkv_rope", "cache"): (1, 2, 3),  # more key/value heads are fewer query heads
         ("attention_output", "cache"): (1, 3),
         ("codebook_head", "heads"): (0, 1),

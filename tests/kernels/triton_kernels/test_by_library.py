@@ -47,7 +47,7 @@ def same(device, assert_as_close):
     """A function: whether an operation is its reference, with its arguments on the device."""
 
     def same(operation, reference, *arguments, heavy_tailed=False):
-        moved = [argument.to(device) if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+        moved = [a.to(device, copy=True) if isinstance(a, torch.Tensor) else a for a in arguments]
         wide = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
         assert_as_close(operation(*moved).cpu(), reference(*arguments), reference(*wide), heavy_tailed)
 
@@ -65,6 +65,12 @@ def test_products(rows, dtype, random, same, launched):
     is_rounded = dtype != torch.float32
     same(linear.norm_swiglu_by_library, linear.norm_swiglu_reference, x, gain, EPS, gate_up, heavy_tailed=is_rounded)
     assert launched == {"rms_norm": 2, "swiglu": 1}
+
+
+def test_the_residual_is_added_where_it_lies(random):
+    """By the product itself: a sum of its own would be one launch more."""
+    x, weight, residual = (random(*shape, dtype=torch.float32) for shape in ((65, 75), (37, 75), (65, 37)))
+    assert linear.linear_residual_by_library(x, weight, residual).data_ptr() == residual.data_ptr()
 
 
 @ROWS

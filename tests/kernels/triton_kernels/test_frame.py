@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aloud import Runtime, Sampling, Segment
-from aloud.kernels import attention, embedding, linear, next_code, qkv
+from aloud.kernels import attention, frame_state, linear, next_code, qkv
 from aloud.kernels.launch import Launch
 from aloud.models import csm, transformer
 from aloud.models.csm import CsmState
@@ -28,7 +28,8 @@ OPERATIONS: dict[str, tuple[tuple[Any, ...], Callable[..., Launch | tuple[Launch
     "linear_residual": ((transformer,), linear.plan_linear_residual),
     "norm_linear": ((csm,), linear.plan_norm_linear),
     "next_code": ((csm,), next_code.plan_next_code),
-    "embed_frame": ((csm,), embedding.plan_embed_frame),
+    "begin_frame": ((csm,), frame_state.plan_begin_frame),
+    "end_frame": ((csm,), frame_state.plan_end_frame),
 }
 
 
@@ -75,7 +76,9 @@ def test_a_frame_of_kernels_draws_the_references_tokens(
                 launch.run()
             launched[name] += 1
             outputs = launches[-1].outputs
-            return outputs if len(outputs) > 1 else outputs[0]
+            if name == "begin_frame":
+                return frame_state.FrameRows(*outputs)
+            return outputs[0] if len(outputs) == 1 else outputs
 
         return operation
 
@@ -88,3 +91,4 @@ def test_a_frame_of_kernels_draws_the_references_tokens(
     assert set(launched) == set(OPERATIONS)
     torch.testing.assert_close(state.next_input, expected_state.next_input, rtol=1e-5, atol=1e-6)
     assert torch.equal(state.position, expected_state.position)
+    assert torch.equal(state.frame, expected_state.frame)
