@@ -1,9 +1,9 @@
-"""Embeddings of tokens: text tokens from a table of their own, codebook tokens from one table in which codebook c's
-token t is row c * vocabulary + t.
+"""Embeddings of text tokens and codebook tokens.
 
     embed_prompt   a text token's embedding, or the sum of a frame's embeddings, one a codebook: the backbone's input
     embed_code     one codebook's embedding: the depth decoder's input
 
+Text tokens have a table of their own; codebook tokens have one in which codebook c's token t is row c * vocabulary + t.
 Codebook tokens below 0 mark rows from which nothing could be drawn; they embed as token 0.
 """
 

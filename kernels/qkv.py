@@ -26,7 +26,7 @@ from aloud.kernels.product import (
     whole_gain,
 )
 from aloud.kernels.rms_norm import normed, rms_norm, rms_norm_reference
-from aloud.kernels.rope import rotate_qkv, rotate_qkv_reference
+from aloud.kernels.rope import rotate_qkv, rotate_qkv_reference, store_rotated
 from aloud.kernels.row_product import row_product
 from aloud.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton
 
@@ -234,23 +234,24 @@ def _store_rotated(
     BLOCK_OUTPUTS: tl.constexpr,
 ):
     """Round products [first coordinates of planes, then second; rows], rotate queries and keys, store all three."""
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    x1, x2 = split_pairs(products.to(dtype).to(tl.float32))  # [planes, rows] each
-    head, place, inside = _planes(heads, kv_heads, head_dim, BLOCK_OUTPUTS)
-    inside = inside & (row < rows)[None, :]
-    rotates = head < heads + kv_heads
-    y1 = tl.where(rotates, x1 * cos - x2 * sin, x1).to(dtype)
-    y2 = tl.where(rotates, x2 * cos + x1 * sin, x2).to(dtype)
-    y_ptrs = y_ptr + row.to(tl.int64)[None, :] * (heads * head_dim) + head * head_dim + place
-    is_query = head < heads
-    half = head_dim // 2
-    tl.store(y_ptrs, y1, mask=inside & is_query)
-    tl.store(y_ptrs + half, y2, mask=inside & is_query)
-    is_value = (head >= heads + kv_heads).to(tl.int64)
-    kv_head = ((head - heads) % kv_heads).to(tl.int64)
-    cache_ptrs = cache_ptr + cache_offset + (is_value * stride_cache_value + kv_head * stride_cache_head + place)
-    tl.store(cache_ptrs, y1, mask=inside & (head >= heads))
-    tl.store(cache_ptrs + half, y2, mask=inside & (head >= heads))
+    x1, x2 = split_pairs(products.to(y_ptr.dtype.element_ty).to(tl.float32))  # [planes, rows] each
+    head, plane, inside = _planes(heads, kv_heads, head_dim, BLOCK_OUTPUTS)
+    store_rotated(
+        x1,
+        x2,
+        cos,
+        sin,
+        head,
+        plane,
+        inside & (row < rows)[None, :],
+        y_ptr + row.to(tl.int64)[None, :] * (heads * head_dim),
+        cache_ptr + cache_offset,
+        stride_cache_value,
+        stride_cache_head,
+        heads,
+        kv_heads,
+        head_dim,
+    )
 
 
 def plan_norm_qkv_rope(

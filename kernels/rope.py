@@ -105,6 +105,45 @@ ROTATE_WARPS = 2
 
 
 @triton.jit
+def store_rotated(
+    x1,
+    x2,
+    cos,
+    sin,
+    head,
+    plane,
+    inside,
+    query_ptr,
+    cache_ptr,
+    stride_cache_value,
+    stride_cache_head,
+    heads,
+    kv_heads,
+    head_dim,
+):
+    """Rotate queries and keys and store them and values: two blocks of planes, in any layout.
+
+    x1, x2: coordinates, float32, already rounded to the dtype they are stored in
+    head, plane: of each element; all heads are counted, queries', keys', values'
+    query_ptr: where the row's queries begin; cache_ptr: where the slot's keys of the position begin
+    """
+    dtype: tl.constexpr = query_ptr.dtype.element_ty
+    rotates = head < heads + kv_heads
+    y1 = tl.where(rotates, x1 * cos - x2 * sin, x1).to(dtype)
+    y2 = tl.where(rotates, x2 * cos + x1 * sin, x2).to(dtype)
+    half = head_dim // 2
+    query_ptrs = query_ptr + head * head_dim + plane
+    is_query = head < heads
+    tl.store(query_ptrs, y1, mask=inside & is_query)
+    tl.store(query_ptrs + half, y2, mask=inside & is_query)
+    is_value = (head >= heads + kv_heads).to(tl.int64)
+    kv_head = ((head - heads) % kv_heads).to(tl.int64)
+    cache_ptrs = cache_ptr + (is_value * stride_cache_value + kv_head * stride_cache_head + plane)
+    tl.store(cache_ptrs, y1, mask=inside & (head >= heads))
+    tl.store(cache_ptrs + half, y2, mask=inside & (head >= heads))
+
+
+@triton.jit
 def rotate_qkv_kernel(
     products_ptr,
     table_ptr,
@@ -142,20 +181,22 @@ def rotate_qkv_kernel(
     product_ptrs = products_ptr + row * stride_products_row + head * head_dim + plane
     x1 = tl.load(product_ptrs, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(product_ptrs + half, mask=inside, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = query_ptr.dtype.element_ty
-    rotates = head < heads + kv_heads
-    y1 = tl.where(rotates, x1 * cos - x2 * sin, x1).to(dtype)
-    y2 = tl.where(rotates, x2 * cos + x1 * sin, x2).to(dtype)
-    query_ptrs = query_ptr + row * (heads * head_dim) + head * head_dim + plane
-    is_query = head < heads
-    tl.store(query_ptrs, y1, mask=inside & is_query)
-    tl.store(query_ptrs + half, y2, mask=inside & is_query)
-    is_value = (head >= heads + kv_heads).to(tl.int64)
-    kv_head = ((head - heads) % kv_heads).to(tl.int64)
-    cache_ptrs = cache_ptr + slot * stride_cache_slot + position * stride_cache_position
-    cache_ptrs = cache_ptrs + (is_value * stride_cache_value + kv_head * stride_cache_head + plane)
-    tl.store(cache_ptrs, y1, mask=inside & (head >= heads))
-    tl.store(cache_ptrs + half, y2, mask=inside & (head >= heads))
+    store_rotated(
+        x1,
+        x2,
+        cos,
+        sin,
+        head,
+        plane,
+        inside,
+        query_ptr + row * (heads * head_dim),
+        cache_ptr + slot * stride_cache_slot + position * stride_cache_position,
+        stride_cache_value,
+        stride_cache_head,
+        heads,
+        kv_heads,
+        head_dim,
+    )
 
 
 # --- plan and entry ---------------------------------------------------------------------------------------------------
