@@ -33,7 +33,7 @@ def nothing_left(engine: Engine) -> Iterator[None]:
     """Every test gives back its slots, and the next one sees no line or count of its answers."""
     yield
     wait_until(lambda: is_idle(engine))
-    wait_until(lambda: all(running.is_idle for running in RUNNING), 20)
+    wait_until(lambda: all(running.is_idle for running in RUNNING))
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def serving(engine: Engine, settings: Settings | None = None, app: Any = None) -
         assert not thread.is_alive()
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 5.0) -> float:
+def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> float:
     """Wait for something -> how many seconds it took; fails when it takes too long."""
     began = time.monotonic()
     while not is_so():
