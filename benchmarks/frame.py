@@ -277,7 +277,7 @@ def time_parts(runtime: Runtime, steps: Steps, rows: int, context: int, repeats:
     """Seconds of each of `PARTS` at so many rows, each row with `context` positions."""
     prefix = workload.noise_prefix(runtime._model, context, seed=1)
     for slot in range(rows):
-        steps.paste_prefix(slot, prefix.cache)
+        steps.paste_prefix(slot, prefix.cache, prefix.positions)
     parts = frame_parts(runtime._model, state_of(steps), torch.arange(rows, device=runtime.device), context)
     if runtime.device.type == "cuda":  # the parts run on a stream that waits for no other
         torch.cuda.synchronize(runtime.device)

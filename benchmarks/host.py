@@ -94,7 +94,7 @@ class NullSteps:
         """See `Steps.copy_prefix`."""
         return torch.zeros(positions)
 
-    def paste_prefix(self, slot: int, prefix: torch.Tensor) -> None:
+    def paste_prefix(self, slot: int, prefix: torch.Tensor, positions: int) -> None:
         """See `Steps.paste_prefix`."""
 
     def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:

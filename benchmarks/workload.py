@@ -137,9 +137,9 @@ class TimedSteps:
         """See `Steps.copy_prefix`."""
         return self._steps.copy_prefix(slot, positions)
 
-    def paste_prefix(self, slot: int, prefix: torch.Tensor) -> None:
+    def paste_prefix(self, slot: int, prefix: torch.Tensor, positions: int) -> None:
         """See `Steps.paste_prefix`."""
-        self._steps.paste_prefix(slot, prefix)
+        self._steps.paste_prefix(slot, prefix, positions)
 
     def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
         """See `Steps.copy_stream`."""

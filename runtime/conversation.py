@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -89,8 +89,7 @@ class Conversation:
     def take_back(self) -> None:
         """Forget the turn that was added last."""
         self._turns.pop()
-        if self.cached_positions > self.positions:
-            self.forget_read()
+        self._keep_read(self.positions)
 
     def add_spoken(self, text: Prompt, codes: torch.Tensor, read: Prefix | None, utterance: object) -> None:
         """A turn that was spoken here: its text, its codes int64 [frames, codebooks], and what has been read by then.
@@ -105,8 +104,7 @@ class Conversation:
     def keep_heard(self, utterance: object, frames: int) -> None:
         """Of an utterance that was spoken here, keep so many frames: the rest was never heard.
 
-        Of a piece that was heard in part, the text stays whole. What follows the cut has to be read again, and with it
-        all but the voice.
+        Of a piece that was heard in part, the text stays whole. What follows the cut has to be read again.
         """
         if self._dropped[0] is utterance:
             frames = max(0, frames - self._dropped[1])
@@ -125,8 +123,8 @@ class Conversation:
             if kept.frames or not is_cut:
                 turns.append(kept)
         self._turns = turns
-        if unchanged is not None and self.cached_positions > unchanged:
-            self.forget_read()
+        if unchanged is not None:
+            self._keep_read(unchanged)
 
     def _spoken(self, text: Prompt, codes: torch.Tensor, utterance: object) -> _Turn:
         audio = build_prompt(self._config, [Turn([], codes)])
@@ -136,6 +134,16 @@ class Conversation:
         """The voice and the turns up to now have been read, but for what may follow the prefix."""
         self._cached = read
         self._when_read(self)
+
+    def _keep_read(self, positions: int) -> None:
+        """Of what has been read, no more than the first positions: those behind them have changed."""
+        cached = self._cached
+        if cached is None or cached.positions <= positions:
+            return
+        if positions <= _positions(self._voice):
+            self._cached = self._voice
+            return
+        self.has_read(replace(cached, positions=positions))
 
     def forget_read(self) -> None:
         """Keep nothing on the device but the voice, which is not its own; at any time, from any thread."""

@@ -161,8 +161,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
     def interrupt(self, heard_seconds: float) -> None:
         """Stop at once, because the listener interrupts, who has heard so much; also when it is over, but still played.
 
-        In a session, no more than that stays context for what follows; of the last sentence, all of its text does. The
-        next turn then reads all but the voice again.
+        In a session, no more than that stays context for what follows; of the last sentence, all of its text does.
 
         Raises `RequestError` for what is no number of seconds, and `SessionBusy` when the session has gone on.
         """

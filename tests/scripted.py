@@ -108,10 +108,10 @@ class ScriptedModel:
         assert stream is not None
         return torch.tensor([stream.read.get(position, -1) for position in range(positions)])
 
-    def paste_prefix(self, state: State, slot: int, prefix: torch.Tensor) -> None:
+    def paste_prefix(self, state: State, slot: int, prefix: torch.Tensor, positions: int) -> None:
         stream = state.slots[slot]
         assert stream is not None
-        stream.read = dict(enumerate(prefix.tolist()))
+        stream.read = dict(enumerate(prefix[:positions].tolist()))
 
     def copy_stream(self, state: State, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
         stream = state.slots[slot]

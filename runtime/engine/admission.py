@@ -147,7 +147,7 @@ class Admission(Driven):
                 self._steps.start(slot, job.sampling, job.seed, job.positions)
                 if job.prefix is not None:
                     self.counts.with_prefix += 1
-                    self._steps.paste_prefix(slot, job.prefix.cache)
+                    self._steps.paste_prefix(slot, job.prefix.cache, job.prefix.positions)
             except Exception as error:
                 self._fail(stream, error)
             else:

@@ -171,11 +171,11 @@ class GraphSteps(Generic[State]):
             return self._model.copy_prefix(self._slots.state, slot, positions)
 
     @torch.no_grad()
-    def paste_prefix(self, slot: int, prefix: torch.Tensor) -> None:
+    def paste_prefix(self, slot: int, prefix: torch.Tensor, positions: int) -> None:
         """See `Steps.paste_prefix`."""
         with torch.cuda.stream(self._main):
             prefix.record_stream(self._main)
-            self._model.paste_prefix(self._slots.state, slot, prefix)
+            self._model.paste_prefix(self._slots.state, slot, prefix, positions)
 
     @torch.no_grad()
     def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:

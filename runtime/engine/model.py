@@ -73,8 +73,8 @@ class SpeechModel(Protocol[State]):
         """What reading a slot's first positions left, to be pasted into other slots."""
         ...
 
-    def paste_prefix(self, state: State, slot: int, prefix: torch.Tensor) -> None:
-        """Put what `copy_prefix` gave where a slot begins."""
+    def paste_prefix(self, state: State, slot: int, prefix: torch.Tensor, positions: int) -> None:
+        """Put the first positions of what `copy_prefix` gave where a slot begins."""
         ...
 
     def copy_stream(self, state: State, slot: int, positions: int) -> tuple[torch.Tensor, ...]:

@@ -85,8 +85,8 @@ class Steps(Protocol):
         """What reading a slot's first positions left."""
         ...
 
-    def paste_prefix(self, slot: int, prefix: torch.Tensor) -> None:
-        """Put what `copy_prefix` gave where a slot begins."""
+    def paste_prefix(self, slot: int, prefix: torch.Tensor, positions: int) -> None:
+        """Put the first positions of what `copy_prefix` gave where a slot begins."""
         ...
 
     def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
@@ -166,9 +166,9 @@ class EagerSteps(Generic[State]):
         return self._model.copy_prefix(self._slots.state, slot, positions)
 
     @torch.no_grad()
-    def paste_prefix(self, slot: int, prefix: torch.Tensor) -> None:
+    def paste_prefix(self, slot: int, prefix: torch.Tensor, positions: int) -> None:
         """See `Steps.paste_prefix`."""
-        self._model.paste_prefix(self._slots.state, slot, prefix)
+        self._model.paste_prefix(self._slots.state, slot, prefix, positions)
 
     @torch.no_grad()
     def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:

@@ -22,7 +22,7 @@ class Prefix:
     """What a model has read already: positions that a prompt can begin behind."""
 
     positions: int
-    cache: torch.Tensor  # of `copy_prefix`
+    cache: torch.Tensor  # of `copy_prefix`, of so many positions or more
 
 
 @dataclass(frozen=True)

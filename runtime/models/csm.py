@@ -164,9 +164,9 @@ def copy_prefix(state: CsmState, slot: int, positions: int) -> torch.Tensor:
     return state.backbone_cache[:, :, slot, :, :positions].clone()
 
 
-def paste_prefix(state: CsmState, slot: int, prefix: torch.Tensor) -> None:
-    """Put keys and values of `copy_prefix` where a slot begins, as if its positions had been read."""
-    state.backbone_cache[:, :, slot, :, : prefix.shape[3]] = prefix
+def paste_prefix(state: CsmState, slot: int, prefix: torch.Tensor, positions: int) -> None:
+    """Put the first keys and values of `copy_prefix` where a slot begins, as if its positions had been read."""
+    state.backbone_cache[:, :, slot, :, :positions] = prefix[:, :, :, :positions]
 
 
 def copy_stream(state: CsmState, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
@@ -302,9 +302,9 @@ class Csm:
         """See `copy_prefix`."""
         return copy_prefix(state, slot, positions)
 
-    def paste_prefix(self, state: CsmState, slot: int, prefix: torch.Tensor) -> None:
+    def paste_prefix(self, state: CsmState, slot: int, prefix: torch.Tensor, positions: int) -> None:
         """See `paste_prefix`."""
-        paste_prefix(state, slot, prefix)
+        paste_prefix(state, slot, prefix, positions)
 
     def copy_stream(self, state: CsmState, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
         """See `copy_stream`."""

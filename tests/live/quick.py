@@ -158,11 +158,11 @@ class QuickSteps:
         self._check(positions <= len(stream.read), "a copy of what has not been read")
         return torch.tensor(stream.read[:positions])
 
-    def paste_prefix(self, slot: int, prefix: torch.Tensor) -> None:
+    def paste_prefix(self, slot: int, prefix: torch.Tensor, positions: int) -> None:
         self.fault.at("paste_prefix", [slot])
         stream = self._stream(slot)
         self._check(not stream.read, "a prefix pasted over what was read")
-        stream.take(prefix.tolist())
+        stream.take(prefix[:positions].tolist())
 
     def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:
         self.fault.at("copy_stream", [slot])

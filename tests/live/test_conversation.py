@@ -60,7 +60,7 @@ def cache_of(positions: list[tuple[int, ...]]) -> Prefix:
 
 
 def read_by(prefix: Prefix | None) -> list[tuple[int, ...]]:
-    return [] if prefix is None else [tuple(row) for row in prefix.cache.tolist()]
+    return [] if prefix is None else [tuple(row) for row in prefix.cache.tolist()][: prefix.positions]
 
 
 @dataclass(frozen=True)
@@ -191,11 +191,12 @@ def test_it_is_its_voice_and_its_last_turns(
             )
             if turn.way == "interrupted" and made > 1:
                 everything.append(content(join([text, *audio(codes[: made // 2])])))
-                cached = read_by(conversation.to_read()[0])
+                cached, rebuilds = read_by(conversation.to_read()[0]), conversation.rebuilds
                 conversation.keep_heard(turn, made // 2)
-                assert conversation.rebuilds > rebuilds  # what was read of the other half is not kept
-                rebuilds = conversation.rebuilds
-                assert read_by(conversation.to_read()[0]) == cached[:voice_positions]
+                assert conversation.rebuilds == rebuilds
+                # All is kept that was read before the end of what was heard, and nothing of the other half.
+                assert read_by(conversation.to_read()[0]) == cached[: len(flat(kept())) - 1]
+                assert read_by(conversation.to_read()[0]) == flat(kept())[: conversation.cached_positions]
                 conversation.keep_heard(turn, made)  # more than is there any more
                 conversation.keep_heard(object(), 0)  # nobody's
                 assert (kept(), conversation.rebuilds) == (kept(), rebuilds)

@@ -77,7 +77,7 @@ class SimulatedSteps:
     def copy_prefix(self, slot: int, positions: int) -> torch.Tensor:
         raise AssertionError("nobody asked for it")
 
-    def paste_prefix(self, slot: int, prefix: torch.Tensor) -> None:
+    def paste_prefix(self, slot: int, prefix: torch.Tensor, positions: int) -> None:
         pass
 
     def copy_stream(self, slot: int, positions: int) -> tuple[torch.Tensor, ...]:

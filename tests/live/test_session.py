@@ -339,8 +339,12 @@ def test_what_was_heard_before_an_interruption_is_context(
     speech.interrupt(heard_seconds)
     if frames:
         transcript.add(1, "A long answer.", codes_of(received[:frames]))
-    assert session.stats.turns == 1 + bool(frames)
+    stats = session.stats
+    assert stats.turns == 1 + bool(frames)
     assert not session.is_busy
+    # What was read before the cut stays read: all but the end of the speech, or all of the turn before.
+    assert stats.rebuilds == 0
+    assert stats.cached_positions >= (stats.positions - 2 if is_over else made.voice.positions + 5)
     codes = codes_of(say(session, "As I said.", seed + 2, 6))
     prompt = transcript.prompt("As I said.")
     expected, _ = said_afresh(made.runtime, prompt, SAMPLING, seed + 2, 6, made.voice)
@@ -368,6 +372,8 @@ def test_an_interruption_in_an_earlier_sentence(heard_frames: int, left: list[in
         frames = [int((turn.text_tokens < 0).sum()) - 1 for turn in turns]
         assert frames == [4, *left, -1]
         assert same_turns([turns[0], turns[-1]], [before[0], before[-1]])
+        assert session.stats.rebuilds == 0
+        assert session.stats.cached_positions >= len(turns[0])
         for kept, whole in zip(turns[1:-1], before[1:-1], strict=False):
             assert same_turns([kept[: len(kept) - 1]], [whole[: len(kept) - 1]])  # all but the frame that ends it
         for turn in turns:
