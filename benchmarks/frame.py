@@ -355,7 +355,8 @@ def frame_parts(model: Csm, state: CsmState, slots: torch.Tensor, context: int) 
             config.codebooks,
         )
         drawn = torch.stack(codes, dim=1)
-        end_frame(drawn, weights.audio_embedding, config.audio_vocabulary, state.next_input, *moving, slots)
+        table, vocabulary = weights.audio_embedding, config.audio_vocabulary
+        end_frame(drawn, table, vocabulary, state.next_input, moving[0], moving[1], slots)
         return begun
 
     def codec() -> object:
