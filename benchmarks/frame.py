@@ -293,6 +293,7 @@ def frame_parts(model: Csm, state: CsmState, slots: torch.Tensor, context: int) 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, generator=generator).to(dtype)
 
+    # Steps of many rows add to x in place, which piles up from call to call and takes no time.
     x, depth_x = noise(rows, config.backbone.hidden_size), noise(2 * rows, config.depth.hidden_size)
     positions = torch.full_like(slots, context - 1)
     places = torch.arange(config.codebooks, device=device)[:, None].expand(-1, rows).flatten()

@@ -377,7 +377,7 @@ def measure(
     # norm rounds once where transformers, and so Aloud, round twice.
     theirs = first.theirs(*first.arguments).float()
     wide = [a.float() if a.is_floating_point() else a for a in first.arguments]
-    exact = first.theirs(*wide).float()
+    exact = first.theirs(*wide).float()  # before the others, one of which may write into its arguments
     ways = [first.ours]
     if first.by_library is not None and MATRIX_ROWS <= rows <= MAX_ROWS:  # beyond, it is ours
         ways.append(first.by_library)

@@ -36,9 +36,9 @@ def embed_code_reference(codes: torch.Tensor, table: torch.Tensor, vocabulary: i
 
 
 # --- launch table -----------------------------------------------------------------------------------------------------
-# Nothing here fills a chip; what counts is that every load of a program is under way at once. A frame's 32 embeddings
-# are read 64 columns a program (one warp, 16 bytes a thread and row: 32 programs for csm-1b's 2,048 columns), a single
-# embedding 1,024 columns a program.
+# In a frame, nothing here fills a chip; what counts is that every load of a program is under way at once. A frame's 32
+# embeddings are read 64 columns a program (one warp, 16 bytes a thread and row: 32 programs for the 2,048 columns of
+# csm-1b), a single embedding 1,024 columns a program.
 
 FRAME_COLUMNS = 64
 CODE_COLUMNS = 1024
@@ -61,7 +61,7 @@ def sum_embeddings(
 ):
     """Sum the embeddings of one frame, whose codes begin at `codes_ptr` -> float32 [columns].
 
-    CODEBOOKS is the next power of two of `codebooks`, which is 0 where there is no frame.
+    codebooks: how many are there, at most CODEBOOKS; 0 gives 0
     """
     codebook = tl.arange(0, CODEBOOKS)
     code = tl.maximum(tl.load(codes_ptr + codebook * stride_codes_codebook, mask=codebook < codebooks, other=0), 0)

@@ -125,7 +125,7 @@ def store_rotated(
 
     x1, x2: coordinates, float32, already rounded to the dtype they are stored in
     head, plane: of each element; all heads are counted, queries', keys', values'
-    query_ptr: where the row's queries begin; cache_ptr: where the slot's keys of the position begin
+    query_ptr: where a row's queries begin; cache_ptr: where its keys begin in the cache; of one row or a block of rows
     """
     dtype: tl.constexpr = query_ptr.dtype.element_ty
     rotates = head < heads + kv_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,7 @@ class Conversation:
         self._config = config
         self._voice = None if voice is None else voice.prefix
         self._cached = self._voice
+        self._caching = threading.Lock()  # held where that changes: another thread may let it go
         self._turns: list[_Turn] = []
         self._pinned = 0  # turns at the beginning
         self._dropped: tuple[object, int] = (None, 0)  # an utterance, and frames of it that were dropped
@@ -132,23 +134,23 @@ class Conversation:
 
     def has_read(self, read: Prefix) -> None:
         """The voice and the turns up to now have been read, but for what may follow the prefix."""
-        self._cached = read
+        with self._caching:
+            self._cached = read
         self._when_read(self)
 
     def _keep_read(self, positions: int) -> None:
         """Of what has been read, no more than the first positions: those behind them have changed."""
-        cached = self._cached
-        if cached is None or cached.positions <= positions:
-            return
-        if positions <= _positions(self._voice):
-            self._cached = self._voice
-            return
-        self.has_read(replace(cached, positions=positions))
+        with self._caching:
+            cached = self._cached
+            if cached is not None and cached.positions > positions:
+                is_voice = positions <= _positions(self._voice)
+                self._cached = self._voice if is_voice else replace(cached, positions=positions)
 
     def forget_read(self) -> None:
         """Keep nothing on the device but the voice, which is not its own; at any time, from any thread."""
-        self._cached = self._voice
-        self.rebuilds += 1
+        with self._caching:
+            self._cached = self._voice
+            self.rebuilds += 1
 
     def to_read(self) -> tuple[Prefix | None, Prompt | None]:
         """The cached prefix, and the positions of turns behind it, if there are any."""

@@ -155,7 +155,7 @@ def start(state: CsmState, slot: int, sampling: Sampling, seed: int, positions: 
 def prefill(config: CsmConfig, weights: CsmWeights, state: CsmState, block: PromptBlock) -> None:
     """Read a block of prompt positions into their slots' caches; a prompt's last one is the next frame's input."""
     x = embed_prompt(config, weights, block.text_tokens, block.codes)
-    state.next_input[block.next_slots] = x
+    state.next_input[block.next_slots] = x  # before the step, which x is given up to
     transformer.step(config.backbone, weights.backbone, state.backbone_cache, x, block.slots, block.positions)
 
 

@@ -198,7 +198,7 @@ def test_a_prompt_behind_a_pasted_prefix_is_the_whole_prompt(voices: Voices) -> 
     model.prefill(whole, pack([Piece(0, job.prompt, 0, positions, 0)], positions, 1))
     pasted = model.allocate(3, POSITIONS)
     model.start(pasted, 1, job.sampling, job.seed, positions)
-    model.paste_prefix(pasted, 1, model.copy_prefix(whole, 0, 100), 100)
+    model.paste_prefix(pasted, 1, model.copy_prefix(whole, 0, 120), 100)
     model.prefill(pasted, pack([Piece(1, job.prompt, 100, positions, 100)], positions - 100, 2))
     torch.testing.assert_close(pasted.next_input[1], whole.next_input[0])
     torch.testing.assert_close(

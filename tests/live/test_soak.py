@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import random
-import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from aloud import Engine, Runtime, Segment
 from aloud.errors import NothingSpoken, Overloaded
 from oracle import csm as oracle
+from standing_threads import standing_threads
 
 SECONDS = 600.0
 WARM_UP_SECONDS = 60.0
@@ -95,7 +95,7 @@ def test_nothing_grows(tmp_path: Path, seed: int) -> None:
         while time.monotonic() < end:
             await asyncio.sleep(SECONDS / 60)
             gc.collect()
-            marks.append((time.monotonic() - began, resident_bytes(), threading.active_count(), open_files()))
+            marks.append((time.monotonic() - began, resident_bytes(), standing_threads(), open_files()))
 
     async def everything() -> None:
         began = time.monotonic()

@@ -10,7 +10,6 @@ import logging
 import os
 import random
 import socket
-import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from aloud.server.settings import Settings
 from aloud.server.voices import Registry
 from oracle.csm import speech_like
 from server.running import LONG, Lines, Running, asked, assert_problem, is_idle, serving, wait_until, wav
+from standing_threads import standing_threads
 
 WARM_UP_ROUNDS, ROUNDS = 2, 4
 PROCESS_BYTES = 24 << 20
@@ -198,9 +198,7 @@ def tables(running: Running) -> dict[str, int]:
     sizes["speeches"] = len(running.engine._speeches)
     sizes["still connections"] = len(running.server._still)
     sizes["tasks"] = tasks
-    # But for the pools, which grow to their sizes one by one.
-    names = [thread.name for thread in threading.enumerate()]
-    sizes["threads"] = sum(not name.startswith(("asyncio_", "aloud-encode")) for name in names)
+    sizes["threads"] = standing_threads()
     sizes["files"] = len(list(Path("/proc/self/fd").iterdir()))
     return dict(sizes)
 

@@ -168,13 +168,14 @@ class TestCancel:
         self, served: Served, engine: Engine, seed: int
     ) -> None:
         session = engine.session(speaker=0)
-        speech = session.stream("A long text. " * 30, seed=seed, max_seconds=1.6)
+        seconds = 11  # more than is sent ahead, so that it is still being spoken
+        speech = session.stream("A long text. " * 30, seed=seed, max_seconds=seconds)
         for _ in range(3):
             next(speech)
         speech.interrupt(0.15)  # two frames
-        expected = pcm(session.stream(SECOND, seed=seed, max_seconds=1.6))
+        expected = pcm(session.stream(SECOND, seed=seed, max_seconds=seconds, pace="full"))
         with served.connect() as client:
-            client.send("session.config", seed=seed, max_seconds=1.6)
+            client.send("session.config", seed=seed, max_seconds=seconds)
             client.send("input.text", text="A long text. " * 30)
             for _ in range(3):
                 client.until("audio.delta")

@@ -28,6 +28,7 @@ from aloud.kernels import (
 )
 from aloud.kernels.product import MAX_ROWS
 from aloud.models import csm, transformer
+from aloud.models.csm import CsmState
 from aloud.prompt_block import Piece, pack
 from aloud.request import Prompt
 from oracle import csm as oracle
@@ -67,7 +68,9 @@ class Asked(TorchDispatchMode):
 
 @contextmanager
 def on_a_gpu(asked: Asked) -> Iterator[None]:
-    """The models' operations, each call as its entry would have it on a GPU, by its rows."""
+    """The models' operations, each call as its entry would have it on a GPU, by its rows: what the entries say there,
+    said again, because they ask the tensors where they are.
+    """
 
     def planned(module: Any, name: str) -> Callable[..., Any]:
         return asked.kernel(name, getattr(module, f"plan_{name}"), getattr(module, f"{name}_reference"))
@@ -145,21 +148,31 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     return Runtime.load(oracle.save(oracle.random_model(config, seed=3), folder), device="cpu")
 
 
+def streams(runtime: Runtime, rows: int) -> CsmState:
+    """Some that differ, with ten positions of noise behind them."""
+    model, generator = runtime._model, torch.Generator().manual_seed(rows)
+    state = model.allocate(rows + 1, model.max_positions)
+    for memory in (state.backbone_cache, state.depth_cache, state.next_input):
+        memory.normal_(generator=generator)
+    for slot in range(rows):
+        model.start(state, slot, Sampling(0.9, 5, 0.9, 5), slot, 10)
+    return state
+
+
 @pytest.fixture
 def frame(runtime: Runtime) -> Callable[[int], Asked]:
-    """A function: what is asked for a frame of so many streams."""
+    """A function: what is asked for a frame of so many streams, which must be the frame that a CPU makes."""
 
     def frame(rows: int) -> Asked:
-        model = runtime._model
-        state = model.allocate(rows + 1, model.max_positions)
-        for cache in (state.backbone_cache, state.depth_cache, state.next_input):
-            cache.zero_()
-        for slot in range(rows):
-            model.start(state, slot, Sampling(0.9, 5, 0.9, 5), slot, 10)
         slots, asked = torch.arange(rows), Asked()
+        ours, expected = (streams(runtime, rows) for _ in range(2))
+        expected_codes = runtime._model.draw(expected, slots)
         with on_a_gpu(asked):
-            codes = model.draw(state, slots)
-        assert (codes >= 0).all()
+            codes = runtime._model.draw(ours, slots)
+        assert torch.equal(codes, expected_codes)
+        assert torch.equal(ours.position, expected.position)
+        assert torch.equal(ours.frame, expected.frame)
+        torch.testing.assert_close(ours.next_input, expected.next_input, rtol=1e-5, atol=1e-6)
         return asked
 
     return frame
@@ -212,11 +225,15 @@ def test_launches_of_many_streams(frame: Callable[[int], Asked]) -> None:
 def test_a_prompt_is_kernels_and_one_copy(runtime: Runtime, positions: int) -> None:
     """Each prompt's last position is its stream's next input."""
     model = runtime._model
-    state = model.allocate(3, 128)
+    ours, expected = (model.allocate(3, 128) for _ in range(2))
     prompt = Prompt(torch.arange(positions) % 5, torch.zeros(positions, CODEBOOKS, dtype=torch.int64))
     block, asked = pack([Piece(1, prompt, 0, positions, 0)], positions, 2), Asked()
     with on_a_gpu(asked):
-        model.prefill(state, block)
+        model.prefill(ours, block)
+    model.prefill(expected, block)
+    assert torch.equal(ours.next_input[1], expected.next_input[1])
+    read = (slice(None), slice(None), 1, slice(None), slice(positions))
+    torch.testing.assert_close(ours.backbone_cache[read], expected.backbone_cache[read], rtol=1e-4, atol=1e-5)
     products = {"mm": 2 * LAYERS, "addmm_": 2 * LAYERS} if positions > MAX_ROWS else {}
     assert asked.others == {"index_put_": 1} | products
     assert asked.launches["embed_prompt"] == 1
