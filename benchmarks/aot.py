@@ -115,8 +115,8 @@ def specialize(launch: Launch) -> Specialization:
         if value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
             continue
-        signature[name] = _type(value)
-        if not parameter.do_not_specialize and _multiple_of_16(value):
+        signature[name] = parameter.annotation_type or _type(value)
+        if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment) and _multiple_of_16(value):
             divisible.append(place)
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     if launch.programmatic:
@@ -268,9 +268,8 @@ def _type(value: object) -> str:
 
 def _multiple_of_16(value: object) -> bool:
     if isinstance(value, torch.Tensor):
-        # A tensor on the meta device has no address: allocations are aligned, views start at an offset.
-        start = value.storage_offset() * value.element_size() if value.is_meta else value.data_ptr()
-        return start % 16 == 0
+        # Planned without memory: allocations are aligned, views start at an offset.
+        return value.storage_offset() * value.element_size() % 16 == 0
     return type(value) is int and value % 16 == 0
 
 
@@ -300,17 +299,16 @@ class Outcome:
         return self.report.faults if self.report else (f"does not compile: {self.error}",)
 
 
-def jobs(names: list[str], capabilities: list[int]) -> list[Job]:
-    """One job for each different machine code that csm-1b's launches need."""
-    different: dict[tuple[Specialization, int], Job] = {}
+def specializations(names: list[str], capabilities: list[int]) -> dict[tuple[Specialization, int], Job]:
+    """All that csm-1b's launches compile to, by what decides the machine code and the compute capability."""
+    found: dict[tuple[Specialization, int], Job] = {}
     for name in names:
         for dtype in DTYPES:
             for rows in ROWS:
                 for capability in capabilities:
                     for place, launch in enumerate(_launches(name, dtype, rows, capability)):
-                        key = (specialize(launch), capability)
-                        different.setdefault(key, Job(name, place, dtype, rows, capability))
-    return list(different.values())
+                        found.setdefault((specialize(launch), capability), Job(name, place, dtype, rows, capability))
+    return found
 
 
 def work(job: Job) -> Outcome:
@@ -342,7 +340,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Compile everything and print a table for each kernel; the last line printed is one JSON document."""
     start = time.perf_counter()
-    todo = jobs(parsed.cases, parsed.capabilities)
+    todo = list(specializations(parsed.cases, parsed.capabilities).values())
     # New processes, not forks: torch has started threads in this one.
     with ProcessPoolExecutor(parsed.processes, mp_context=get_context("spawn")) as pool:
         # In chunks, so that one process has a kernel's neighbours and disassembles once what they share.

@@ -234,8 +234,6 @@ CASES: dict[str, Case] = {
     "qkv.depth": norm_qkv_rope(1024, heads=8, kv_heads=2, head_dim=128, positions=33),
     "attention.backbone": attention_output(2048, heads=32, kv_heads=8, head_dim=64, positions=2048),
     "attention.depth": attention_output(1024, heads=8, kv_heads=2, head_dim=128, positions=CODEBOOKS),
-    "output.backbone": linear_residual(2048, 2048),
-    "output.depth": linear_residual(1024, 1024),
     "down.backbone": linear_residual(8192, 2048),
     "down.depth": linear_residual(8192, 1024),
     "projector": norm_linear(2048, 1024),

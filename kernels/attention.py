@@ -18,6 +18,7 @@ from aloud.kernels.decode_attention import (
     plan_decode_attention,
 )
 from aloud.kernels.launch import (
+    ANY_ALIGNMENT,
     PROGRAMMATIC_LAUNCH_CAPABILITY,
     Launch,
     capability,
@@ -103,7 +104,7 @@ def project_row(attended, weight, residual_ptr, stride_residual_row, out_ptr, ro
     tl.store(out_ptr + row * hidden_size + n, out.to(dtype), mask=n < hidden_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def short_attention_output_kernel(
     query_ptr,
     cache_ptr,
@@ -112,7 +113,7 @@ def short_attention_output_kernel(
     weight_ptr,
     residual_ptr,
     out_ptr,
-    stride_cache_value,
+    stride_cache_value: tl.int64,
     stride_cache_slot,
     stride_cache_head,
     stride_cache_position,
@@ -163,7 +164,7 @@ def short_attention_output_kernel(
         project_row(attended, weight, residual_ptr, stride_residual_row, out_ptr, row, n, hidden_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def join_output_kernel(
     parts_ptr,
     lse_ptr,

@@ -20,7 +20,14 @@ from __future__ import annotations
 
 import torch
 
-from aloud.kernels.launch import PROGRAMMATIC_LAUNCH_CAPABILITY, Launch, ceil_div, next_power_of_2, require_rows
+from aloud.kernels.launch import (
+    ANY_ALIGNMENT,
+    PROGRAMMATIC_LAUNCH_CAPABILITY,
+    Launch,
+    ceil_div,
+    next_power_of_2,
+    require_rows,
+)
 from aloud.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton
 
 
@@ -81,7 +88,7 @@ def attend_block(query, keys, values, inside, maximum, total, attended):
     return new_maximum, total, attended
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def decode_attention_kernel(
     query_ptr,
     cache_ptr,
@@ -89,7 +96,7 @@ def decode_attention_kernel(
     positions_ptr,
     out_ptr,
     lse_ptr,
-    stride_cache_value,
+    stride_cache_value: tl.int64,
     stride_cache_slot,
     stride_cache_head,
     stride_cache_position,

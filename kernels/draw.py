@@ -25,7 +25,14 @@ import torch
 
 from aloud import _sampler
 from aloud.kernels.check import check
-from aloud.kernels.launch import PROGRAMMATIC_LAUNCH_CAPABILITY, Launch, capability, ceil_div, next_power_of_2
+from aloud.kernels.launch import (
+    ANY_ALIGNMENT,
+    PROGRAMMATIC_LAUNCH_CAPABILITY,
+    Launch,
+    capability,
+    ceil_div,
+    next_power_of_2,
+)
 from aloud.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton
 
 WORD = 0xFFFFFFFF
@@ -145,7 +152,7 @@ def draw_rows(logits, noise, token, inside, temperature, top_k):
     return drawn
 
 
-@triton.jit(do_not_specialize=["rows", "codebook"])
+@triton.jit(do_not_specialize=["rows", "codebook"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def draw_kernel(
     logits_ptr,
     seed_ptr,

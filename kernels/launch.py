@@ -14,6 +14,17 @@ import torch
 
 PROGRAMMATIC_LAUNCH_CAPABILITY = 90
 """From this compute capability on, a kernel may start before the one before it has ended."""
+ANY_ALIGNMENT = (
+    "rows",
+    "slots_ptr",
+    "positions_ptr",
+    "seed_ptr",
+    "frame_ptr",
+    "temperature_ptr",
+    "top_k_ptr",
+)
+"""Parameters of kernels whose divisibility by 16 changes no load of weights, keys or values: Triton would compile a
+kernel for each, 24 rows beside 32, and one row's places, 8 bytes from each other, twice."""
 
 
 @dataclass(frozen=True)

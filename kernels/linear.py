@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from aloud.kernels.check import check
-from aloud.kernels.launch import Launch, capability, require_rows
+from aloud.kernels.launch import ANY_ALIGNMENT, Launch, capability, require_rows
 from aloud.kernels.product import (
     MAX_ROWS,
     matrix_product,
@@ -50,7 +50,7 @@ def norm_swiglu_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, gate_
     return swiglu_reference(row_product(rms_norm_reference(x, gain, eps), gate_up))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def linear_residual_kernel(
     x_ptr,
     weight_ptr,
@@ -104,7 +104,7 @@ def _load_residual(residual_ptr, stride_residual_row, output, row, outputs, rows
     return tl.load(residual_ptr + row * stride_residual_row + output, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def norm_linear_kernel(
     x_ptr,
     gain_ptr,
@@ -157,7 +157,7 @@ def norm_linear_kernel(
             _store(products, y_ptr, output, row, outputs, rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def norm_swiglu_kernel(
     x_ptr,
     gain_ptr,

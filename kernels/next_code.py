@@ -22,7 +22,14 @@ from aloud.kernels.check import check
 from aloud.kernels.codebook_head import codebook_head_by_library, codebook_head_reference, plan_codebook_head
 from aloud.kernels.draw import WORD, as_int32, draw, draw_rows, gumbel, warps_for_tokens
 from aloud.kernels.embedding import embed_code_reference
-from aloud.kernels.launch import PROGRAMMATIC_LAUNCH_CAPABILITY, Launch, capability, next_power_of_2, require_rows
+from aloud.kernels.launch import (
+    ANY_ALIGNMENT,
+    PROGRAMMATIC_LAUNCH_CAPABILITY,
+    Launch,
+    capability,
+    next_power_of_2,
+    require_rows,
+)
 from aloud.kernels.product import MAX_ROWS, plan_product, row_block, vector_product, weight_slice, whole_gain
 from aloud.kernels.rms_norm import normed
 from aloud.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton
@@ -81,7 +88,7 @@ FUSED_ROWS = 2
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["codebook", "first_entry", "rows"])
+@triton.jit(do_not_specialize=["codebook", "first_entry", "rows"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def next_code_kernel(
     x_ptr,
     gain_ptr,
@@ -159,7 +166,7 @@ def next_code_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["codebook", "first_entry"])
+@triton.jit(do_not_specialize=["codebook", "first_entry"], do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def draw_embed_kernel(
     logits_ptr,
     seed_ptr,

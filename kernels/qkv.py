@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from aloud.kernels.check import check
 from aloud.kernels.decode_attention import cache_strides
-from aloud.kernels.launch import Launch, capability, require_rows
+from aloud.kernels.launch import ANY_ALIGNMENT, Launch, capability, require_rows
 from aloud.kernels.product import (
     MAX_ROWS,
     norm_matrix_product,
@@ -46,7 +46,7 @@ def norm_qkv_rope_reference(
     return rotate_qkv_reference(products, table, cache, slots, positions)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def norm_qkv_rope_kernel(
     x_ptr,
     gain_ptr,
@@ -60,7 +60,7 @@ def norm_qkv_rope_kernel(
     stride_weight_row,
     stride_table_sine,
     stride_table_position,
-    stride_cache_value,
+    stride_cache_value: tl.int64,
     stride_cache_slot,
     stride_cache_head,
     stride_cache_position,

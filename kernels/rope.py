@@ -24,6 +24,7 @@ import torch
 from aloud.kernels.check import check
 from aloud.kernels.decode_attention import cache_strides
 from aloud.kernels.launch import (
+    ANY_ALIGNMENT,
     PROGRAMMATIC_LAUNCH_CAPABILITY,
     Launch,
     capability,
@@ -143,7 +144,7 @@ def store_rotated(
     tl.store(cache_ptrs + half, y2, mask=inside & (head >= heads))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def rotate_qkv_kernel(
     products_ptr,
     table_ptr,
@@ -154,7 +155,7 @@ def rotate_qkv_kernel(
     stride_products_row,
     stride_table_sine,
     stride_table_position,
-    stride_cache_value,
+    stride_cache_value: tl.int64,
     stride_cache_slot,
     stride_cache_head,
     stride_cache_position,

@@ -6,35 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from aloud.benchmarks import aot
 
-SCRIPT = """
-import json, sys
-from dataclasses import asdict
-import torch
-import triton
-import triton.language as tl
-from aloud.benchmarks.aot import Job, compile_launch, jobs, work
-from aloud.kernels.linear import plan_linear_residual
-
-def compiled(case, dtype, rows, capability):
-    outcome = work(Job(case, 0, getattr(torch, dtype), rows, capability))
-    return asdict(outcome.report) | {"error": outcome.error}
-
-def empty(*shape):
-    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
-reports = {" ".join(map(str, job)): compiled(*job) for job in json.loads(sys.argv[1])}
-shifted = empty(1 + 256 * 1024)[1:].view(256, 1024)
-launch = plan_linear_residual(empty(1, 1024), shifted, empty(1, 256), capability=90)
-reports["shifted"] = asdict(compile_launch(launch, 90))
-reports["jobs"] = [job.rows for job in jobs(["down.depth"], [90]) if job.dtype == torch.bfloat16]
-print(json.dumps(reports))
-"""
+FOLDER = Path(__file__).parent
 ONE_ROW = [
     ["qkv.backbone", "bfloat16", 1, 90],
     ["qkv.depth", "float32", 1, 90],
@@ -46,14 +26,21 @@ ONE_ROW = [
 OTHERS = [["gate_up.depth", "bfloat16", 16, 90], ["down.depth", "bfloat16", 1, 80], ["norm.backbone", "float16", 2, 90]]
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict:
-    """Reports of a few compilations, in a process in which kernels are not defined for the interpreter."""
+def printed(script: str, *arguments: str) -> Any:
+    """What a script beside this file prints, in a process in which kernels are not defined for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(ONE_ROW + OTHERS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment["PYTHONPATH"] = os.pathsep.join([str(FOLDER.parent), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, FOLDER / script, *arguments], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict:
+    """Reports of a few compilations."""
+    return printed("compile_some.py", json.dumps(ONE_ROW + OTHERS))
 
 
 @pytest.mark.parametrize("job", ONE_ROW + OTHERS, ids=lambda job: " ".join(map(str, job)))
@@ -90,6 +77,21 @@ def test_matrix_products_stream_through_shared_memory(reports):
 
 def test_unaligned_weights_are_found(reports):
     assert any("narrow loads of weights" in fault for fault in reports["shifted"]["faults"])
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [("bfloat16", 90), ("float16", 120), ("float32", 80)])
+def test_everything_that_csm_1b_launches_is_compiled(dtype, capability):
+    """At its full size, for any number of rows and slots, whatever its entries choose on a GPU."""
+    launched, missing = printed("launch_all.py", dtype, str(capability))
+    assert launched > 40
+    assert missing == []
+
+
+def test_what_decides_the_machine_code_is_what_triton_says():
+    """Its own binder, asked what it would compile for the same arguments."""
+    launches, differ = printed("ask_triton.py")
+    assert launches > 400
+    assert differ == []
 
 
 def test_rows_with_one_machine_code_are_compiled_once(reports):
