@@ -114,7 +114,7 @@ def convolve_transposed(
     outputs = F.conv_transpose1d(inputs, weights.weight, stride=sizes.stride, groups=sizes.groups)
     overlap = overlaps.shape[-1]
     if overlap:
-        outputs[..., :overlap] += overlaps.index_select(0, slots)
+        outputs[..., :overlap].add_(overlaps.index_select(0, slots))  # with +=, Python would write it back as well
         overlaps.index_copy_(0, slots, outputs[..., -overlap:])
         outputs = outputs[..., :-overlap]
     return outputs if weights.bias is None else outputs + weights.bias[:, None]

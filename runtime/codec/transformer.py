@@ -66,8 +66,11 @@ def rotate(vectors: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate queries or keys `[rows, heads, positions, head_dim]` by angles `[rows, positions, head_dim / 2]`."""
     first, second = vectors.float().chunk(2, dim=-1)
     cosine, sine = cosine[:, None], sine[:, None]
-    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    return rotated.to(vectors.dtype)
+    rotated = [
+        torch.addcmul(first * cosine, second, sine, value=-1),
+        torch.addcmul(second * cosine, first, sine),
+    ]
+    return torch.cat(rotated, dim=-1).to(vectors.dtype)
 
 
 def visible(config: MimiConfig, seen: Tensor, length: int) -> Tensor:
@@ -118,32 +121,32 @@ def transform(
 
     positions = seen[:, None] + torch.arange(length, device=seen.device)
     cosine, sine = rotation(config, positions)
-    mask = visible(config, seen, length)
+    bias = torch.where(visible(config, seen, length), 0.0, float("-inf")).to(hidden.dtype)  # once, not in each layer
     kept = min(length, window)  # only the newest `window` of the new positions still matter afterwards
     places = positions[:, -kept:] % window
 
-    for layer, (keys_ring, values_ring) in zip(layers, ring, strict=True):
+    for layer, layer_ring in zip(layers, ring, strict=True):
         normed = F.layer_norm(
             hidden, (config.hidden_size,), layer.attention_norm_weight, layer.attention_norm_bias, config.norm_eps
         )
         heads = F.linear(normed, layer.query_key_value).view(rows, length, -1, head_dim).transpose(1, 2)
-        query, key, value = heads.split([config.num_attention_heads, kv_heads, kv_heads], dim=1)
-        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        rotating, value = heads.split([config.num_attention_heads + kv_heads, kv_heads], dim=1)
+        query, key = rotate(rotating, cosine, sine).split([config.num_attention_heads, kv_heads], dim=1)
 
-        keys = torch.cat([keys_ring.index_select(0, slots), key], dim=2)
-        values = torch.cat([values_ring.index_select(0, slots), value], dim=2)
-        keys_ring[slots[:, None], :, places] = key[:, :, -kept:].transpose(1, 2)
-        values_ring[slots[:, None], :, places] = value[:, :, -kept:].transpose(1, 2)
+        # Keys and values together: [2, rows, kv_heads, positions, head_dim].
+        new = torch.stack([key, value])
+        keys, values = torch.cat([layer_ring.index_select(1, slots), new], dim=3)
+        layer_ring[:, slots[:, None], :, places] = new[:, :, :, -kept:].permute(1, 3, 0, 2, 4)
         if heads_per_kv_head > 1:
             keys = keys.repeat_interleave(heads_per_kv_head, dim=1)
             values = values.repeat_interleave(heads_per_kv_head, dim=1)
 
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
         attended = F.linear(attended.transpose(1, 2).reshape(rows, length, -1), layer.attention_output)
-        hidden = hidden + layer.attention_scale * attended
+        hidden = torch.addcmul(hidden, layer.attention_scale, attended)
 
         normed = F.layer_norm(
             hidden, (config.hidden_size,), layer.mlp_norm_weight, layer.mlp_norm_bias, config.norm_eps
         )
-        hidden = hidden + layer.mlp_scale * F.linear(F.gelu(F.linear(normed, layer.fc1)), layer.fc2)
+        hidden = torch.addcmul(hidden, layer.mlp_scale, F.linear(F.gelu(F.linear(normed, layer.fc1)), layer.fc2))
     return hidden
