@@ -1,19 +1,21 @@
 """Captured steps give what the model gives, whatever the batch, the slot, the order of capture and who else speaks.
 
-The same tests run with steps on a CPU, in the batch sizes and one frame ahead as captured ones are, so that the tests
-themselves are tried where there is no GPU.
+Where there is no GPU, the same tests run with steps on a CPU, in the batch sizes and one frame ahead as captured ones
+are, and with the captured steps' own code over simulated streams, which find what nothing orders.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gpu.simulated_streams import Order, SimulatedGraphSteps, simulated_streams
 
 from aloud import Guards, Runtime, Sampling, Segment
 from aloud.benchmarks.frame import allocator_counters
@@ -42,6 +44,8 @@ class Machine:
     runtime: Runtime
     jobs: list[Job]
     alone: list[Speech] = field(default_factory=list)
+    is_simulated: bool = False
+    order: Order | None = None  # what is found of the simulated streams
 
     @property
     def model(self) -> Csm:
@@ -56,12 +60,19 @@ class Machine:
         allocated = Slots(state, slots, POSITIONS)
         if self.is_cuda:
             return GraphSteps(self.model, allocated), state
+        if self.order is not None:
+            return SimulatedGraphSteps(self.model, allocated, self.order), state
         sizes = (*(size for size in BATCH_SIZES if size < slots), slots)
         return EagerSteps(self.model, allocated, batch_sizes=sizes, ahead=1), state
 
     def loop(self, slots: int = SLOTS) -> tuple[Loop, CsmState]:
         steps, state = self.steps(slots)
         return Loop(steps, slots, self.runtime.frame_rate), state
+
+    def of(self, job: Job) -> Speech:
+        """What a job says alone, as `alone` has it."""
+        with self.order.not_watching() if self.order else nullcontext():
+            return alone(self.model, job)
 
     def assert_same(self, received: Speech, expected: Speech) -> None:
         """The same codes; samples bit for bit on a CPU, and within float32's rounding where libraries choose."""
@@ -103,11 +114,18 @@ def exact_products() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param("cpu", id="eager"), pytest.param("cuda", id="captured", marks=pytest.mark.gpu)],
-)
-def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Machine:
+EAGER, SIMULATED = pytest.param("cpu", id="eager"), pytest.param("simulated", id="simulated")
+CAPTURED = pytest.param("cuda", id="captured", marks=pytest.mark.gpu)
+of_a_runtime = pytest.mark.parametrize("any_machine", [EAGER, CAPTURED], indirect=True, scope="module")
+"""A runtime chooses its steps by its device."""
+on_a_gpu = pytest.mark.parametrize("any_machine", [CAPTURED], indirect=True, scope="module")
+"""A CPU does not count its allocations."""
+
+
+@pytest.fixture(scope="module", params=[EAGER, SIMULATED, CAPTURED])
+def any_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """One for all tests of a kind."""
+    device = "cuda" if request.param == "cuda" else "cpu"
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     seed: int = request.config.getoption("--seed")
@@ -115,15 +133,24 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         codebooks=CODEBOOKS, rope=oracle.LLAMA3, depth_rope=oracle.DEPTH_LLAMA3, positions=POSITIONS
     )
     folder: Path = oracle.save(oracle.random_model(config, seed), tmp_path_factory.mktemp("checkpoint"))
-    runtime = Runtime.load(folder, device=request.param, dtype="float32", max_streams=SLOTS)
+    runtime = Runtime.load(folder, device=device, dtype="float32", max_streams=SLOTS)
     generator, jobs = torch.Generator().manual_seed(seed), []
     for number in range(JOBS):
         sampling = Sampling(0.9, 20, 0.8, 0) if number % 2 else Sampling(0.0, 0, 0.7, 5)
         prompt = noise_prompt((3, 40, 17, 150)[number % 4], generator)
         jobs.append(Job(prompt, sampling, seed + number, 5 + number % 6, Guards.off(), None))
-    made = Machine(runtime, jobs)
+    made = Machine(runtime, jobs, is_simulated=request.param == "simulated")
     made.alone = [alone(made.model, job) for job in jobs]
     return made
+
+
+@pytest.fixture
+def machine(any_machine: Machine) -> Iterator[Machine]:
+    if not any_machine.is_simulated:
+        yield any_machine
+        return
+    with simulated_streams() as order:
+        yield replace(any_machine, order=order)
 
 
 def all_of(loop: Loop, stream: Stream) -> Speech:
@@ -140,6 +167,8 @@ def wait_for_device(machine: Machine) -> None:
     """Until what was launched is done: before and after a test reaches into the state."""
     if machine.is_cuda:
         torch.cuda.synchronize()
+    if machine.order is not None:
+        machine.order.synchronize()
 
 
 def poison(machine: Machine, state: CsmState, slot: int) -> None:
@@ -237,16 +266,33 @@ def test_a_frame_is_read_after_later_ones_were_launched(machine: Machine) -> Non
     machine.assert_same((codes, np.concatenate([frame.samples[0] for frame in frames])), expected)
 
 
+def test_a_stream_is_copied_behind_its_last_launch(machine: Machine) -> None:
+    """Its frame may still be under way: the copy goes on as the stream does, in another slot."""
+    steps, _ = machine.steps()
+    job, expected = machine.jobs[2], machine.alone[2]
+    steps.start(0, job.sampling, job.seed, job.positions)
+    steps.prefill([Piece(0, job.prompt, 0, len(job.prompt), 0)])
+    launched = [steps.launch(np.array([0])) for _ in range(2)]
+    stream = steps.copy_stream(0, job.positions + 2)
+    steps.launch(np.array([0]))  # which goes on for nobody
+    steps.paste_stream(1, stream)
+    launched += [steps.launch(np.array([1])) for _ in range(2, job.max_frames)]
+    frames = [launch.read() for launch in launched]
+    codes = np.concatenate([frame.codes for frame in frames])
+    machine.assert_same((codes, np.concatenate([frame.samples[0] for frame in frames])), expected)
+
+
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 255, 256, 257, 511, 512, 513, 700])
 def test_prompts_of_any_length(machine: Machine, length: int, generator: torch.Generator) -> None:
     job = replace(machine.jobs[1], prompt=noise_prompt(length, generator), max_frames=4)
     loop, _ = machine.loop(slots=3)
     streams = [loop.submit(job) for _ in range(3)]  # their prompts share passes
-    expected = alone(machine.model, job)
+    expected = machine.of(job)
     for stream in streams:
         machine.assert_same(all_of(loop, stream), expected)
 
 
+@of_a_runtime
 def test_a_voice_is_its_context(machine: Machine, seed: int) -> None:
     runtime = machine.runtime
     segments = [Segment("Hi there.", oracle.speech_like(0.9, seed), speaker=1), Segment("And more.", speaker=0)]
@@ -258,6 +304,7 @@ def test_a_voice_is_its_context(machine: Machine, seed: int) -> None:
         machine.assert_same((spoken.codes, spoken.samples), (expected.codes, expected.samples))
 
 
+@of_a_runtime
 def test_threads_share_a_runtime(machine: Machine, seed: int) -> None:
     runtime = machine.runtime
     texts = ["One.", "Two, and a little more of it.", "Three!"]
@@ -288,7 +335,7 @@ def test_threads_share_a_runtime(machine: Machine, seed: int) -> None:
 def test_an_error_in_one_stream_is_its_own(machine: Machine) -> None:
     loop, state = machine.loop(slots=3)
     jobs = [replace(machine.jobs[number], max_frames=12) for number in (4, 5, 6)]
-    expected = [alone(machine.model, job) for job in jobs]
+    expected = [machine.of(job) for job in jobs]
     streams = [loop.submit(job) for job in jobs]
     while not all(stream.frames for stream in streams):
         loop.step()
@@ -322,11 +369,6 @@ def test_suspended_as_if_it_had_not_been(machine: Machine) -> None:
 
 
 # --- allocations ------------------------------------------------------------------------------------------------------
-
-on_a_gpu = pytest.mark.parametrize(
-    "machine", [pytest.param("cuda", id="captured", marks=pytest.mark.gpu)], indirect=True, scope="module"
-)
-"""A CPU does not count its allocations."""
 
 
 def assert_no_allocation(machine: Machine, loop: Loop, jobs: Sequence[Job], frames: int) -> None:
