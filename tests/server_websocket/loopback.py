@@ -18,7 +18,8 @@ from websockets.sync.client import connect
 
 from aloud import Engine
 
-WAIT_SECONDS = 30
+WAIT_SECONDS = 60
+"""Much longer than anything takes, also where the machine is busy."""
 
 
 class Served:
