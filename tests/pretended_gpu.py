@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from aloud.checkpoint import csm as checkpoint
 from aloud.checkpoint.csm_config import read_csm_config
@@ -34,18 +35,24 @@ FREE |= {"device"}
 
 
 class Asked(TorchDispatchMode):
-    """What is asked of the device, since the last `clear`: launches of kernels, and torch's operations by name."""
+    """What is asked since the last `clear`: launches of kernels, torch's operations by name, and of these again the ones
+    whose result is on the host, from where it would have to be copied, which a capture does not allow.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: list[Launch] = []
         self.others: Counter[str] = Counter()
+        self.on_host: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket._qualified_op_name.split("::")[1]
         if name not in FREE:
             self.others[name] += 1
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) and not leaf.is_cuda for leaf in tree_leaves(result)):
+            self.on_host[name] += 1
+        return result
 
     @property
     def kernels(self) -> Counter[str]:
@@ -63,6 +70,7 @@ class Asked(TorchDispatchMode):
         """Forget what has been asked."""
         self.launches.clear()
         self.others.clear()
+        self.on_host.clear()
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def test_a_frame_of_one_stream(asked: Asked, model: Csm, state: CsmState) -> Non
         "end_frame": 1,
     }
     assert asked.kernels.total() == 611
+    assert not asked.on_host
     assert asked.others == {"cat": 1, "stack": 1}
 
 
@@ -77,6 +78,7 @@ def test_a_frame_of_many_streams(asked: Asked, model: Csm, state: CsmState) -> N
         "end_frame": 1,
     }
     assert asked.kernels.total() == 767
+    assert not asked.on_host
     assert asked.others == {"mm": 2 * PASSED + 1 + CODEBOOKS, "addmm_": 2 * PASSED, "cat": 1, "stack": 1}
 
 
@@ -95,6 +97,7 @@ def test_a_prompt_is_kernels_and_one_copy(asked: Asked, model: Csm, state: CsmSt
     products = {"mm": 2 * LAYERS, "addmm_": 2 * LAYERS} if positions > MAX_ROWS else {}
     assert asked.others == {"index_put_": 1} | products
     assert asked.kernels["embed_prompt"] == 1
+    assert not asked.on_host
 
 
 def test_a_frames_sound(asked: Asked, model: Csm, state: CsmState) -> None:
@@ -105,6 +108,7 @@ def test_a_frames_sound(asked: Asked, model: Csm, state: CsmState) -> None:
     assert sound.samples.shape == (rows, 1920)
     assert not asked.launches
     assert asked.others.total() <= 319
+    assert not asked.on_host
 
 
 def test_streams_and_prefixes_stay_on_the_device(asked: Asked, model: Csm, state: CsmState) -> None:
