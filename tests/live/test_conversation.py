@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -256,3 +258,24 @@ def test_what_is_taken_back_was_never_there() -> None:
     conversation.take_back()
     assert conversation.to_read()[1] is None
     assert content(join(conversation.turns)) == content(first)
+
+
+def test_an_eviction_that_comes_meanwhile_is_not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread drops what was read, while a turn is taken back and the rest of it is to be kept."""
+    writer = Writer()
+    conversation = Conversation(CONFIG, None, POSITIONS)  # type: ignore[arg-type]
+    for _ in range(2):
+        conversation.add(writer.text(5))
+    conversation.has_read(cache_of(content(join(conversation.turns))))
+    evicting = threading.Thread(target=conversation.forget_read)
+
+    def replaced_late(prefix: Prefix, **changes: int) -> Prefix:
+        evicting.start()
+        evicting.join(timeout=0.2)  # it gets no further than the lock, or it is done before what it dropped comes back
+        return dataclasses.replace(prefix, **changes)
+
+    monkeypatch.setattr("aloud.conversation.replace", replaced_late)
+    conversation.take_back()
+    evicting.join(timeout=60)
+    assert conversation.rebuilds == 1
+    assert conversation.cached_bytes == 0
