@@ -104,7 +104,10 @@ class Specialization:
 
 
 def specialize(launch: Launch) -> Specialization:
-    """What Triton would compile for this launch: it distinguishes 1, multiples of 16 and other numbers."""
+    """What Triton would compile for this launch: it distinguishes 1, multiples of 16 and other numbers.
+
+    Of tensors without memory: their allocations count as aligned.
+    """
     signature, constants, divisible = {}, dict(launch.constants), []
     for place, parameter in enumerate(launch.kernel.params):
         name = parameter.name
@@ -268,7 +271,7 @@ def _type(value: object) -> str:
 
 def _multiple_of_16(value: object) -> bool:
     if isinstance(value, torch.Tensor):
-        # Planned without memory: allocations are aligned, views start at an offset.
+        # Allocations are aligned, views start at an offset.
         return value.storage_offset() * value.element_size() % 16 == 0
     return type(value) is int and value % 16 == 0
 

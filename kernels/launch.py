@@ -23,8 +23,8 @@ ANY_ALIGNMENT = (
     "temperature_ptr",
     "top_k_ptr",
 )
-"""Parameters of kernels whose divisibility by 16 changes no load of weights, keys or values: Triton would compile a
-kernel for each, 24 rows beside 32, and one row's places, 8 bytes from each other, twice."""
+"""Parameters whose divisibility by 16 Triton need not know: they are read number by number, or only counted. It would
+compile a kernel again for 24 rows beside 32, and for places that begin 8 bytes behind a multiple of 16."""
 
 
 @dataclass(frozen=True)

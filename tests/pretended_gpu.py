@@ -1,7 +1,8 @@
 """A GPU that is not there: CUDA tensors of shapes without values, and all that a GPU would be asked for.
 
-Torch's fake tensors know their device, so operations take the way that they take on a GPU, and fail on tensors of two
-devices, and where the host would have to wait for a value. Kernels are planned and kept, not run.
+Torch's fake tensors know their device, so the entries of our operations take the way that they take on a GPU. It fails
+on tensors of two devices, and where the host would have to wait for the device. Kernels are planned and kept, not run.
+Torch's own operations are counted as they are called; what a library makes of one is its own affair.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ FREE |= {"device"}
 
 
 class Asked(TorchDispatchMode):
-    """What is asked since the last `clear`: launches of kernels, torch's operations by name, and of these again the ones
-    whose result is on the host, from where it would have to be copied, which a capture does not allow.
+    """What is asked since the last `clear`: launches of kernels, and torch's operations by name.
+
+    on_host: of these, the ones whose result is on the host, from where a capture could not copy it.
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,10 @@ class Asked(TorchDispatchMode):
         if name not in FREE:
             self.others[name] += 1
         result = function(*args, **(kwargs or {}))
+        is_read = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in tree_leaves((args, kwargs)))
+        assert not is_read or all(leaf.is_cuda for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)), (
+            f"the host waits for {name}"
+        )
         if any(isinstance(leaf, torch.Tensor) and not leaf.is_cuda for leaf in tree_leaves(result)):
             self.on_host[name] += 1
         return result
@@ -58,6 +64,14 @@ class Asked(TorchDispatchMode):
     def kernels(self) -> Counter[str]:
         """Launches by the kernel's name."""
         return Counter(launch.kernel.__name__.removesuffix("_kernel") for launch in self.launches)
+
+    def attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Torch's attention as one operation: of which kernels it is made, the device decides."""
+        assert attn_mask.device == query.device == key.device == value.device
+        self.others["scaled_dot_product_attention"] += 1
+        return query.new_empty(query.shape)
 
     def launch(self, launch: Launch) -> None:
         """Keep a launch, which must be one that a device could make."""
@@ -82,6 +96,7 @@ def pretended_gpu(capability: int = 90) -> Iterator[Asked]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Launch, "run", lambda launch: asked.launch(launch))  # a method: it is given the launch
             patch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", asked.attention)
             with _no_device_to_switch_to(), FakeTensorMode(), torch.no_grad(), asked:
                 yield asked
     finally:

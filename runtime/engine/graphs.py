@@ -113,9 +113,8 @@ class GraphSteps(Generic[State]):
             self._draw_pool, self._decode_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
             self._last_end: torch.cuda.Event | None = None
             self._decoded = torch.cuda.Event()  # the last decode that was launched
-        # What was put into the streams' memory by others, such as its first zeros.
+        # What was put into the streams' memory by others, such as its first zeros; the side stream comes behind.
         self._main.wait_stream(torch.cuda.current_stream(self._device))
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
 
     def capture(self, progress: Callable[[str], None] = lambda _: None) -> Costs:
         """Capture everything, the largest first, so that the smaller find their memory there, and time each once.

@@ -81,7 +81,7 @@ def test_unaligned_weights_are_found(reports):
 
 @pytest.mark.parametrize(("dtype", "capability"), [("bfloat16", 90), ("float16", 120), ("float32", 80)])
 def test_everything_that_csm_1b_launches_is_compiled(dtype, capability):
-    """At its full size, for any number of rows and slots, whatever its entries choose on a GPU."""
+    """At its full size, with rows and slots on both sides of whatever its entries choose by."""
     launched, missing = printed("launch_all.py", dtype, str(capability))
     assert launched > 40
     assert missing == []

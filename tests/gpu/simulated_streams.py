@@ -2,7 +2,10 @@
 
 A device may do the work of two streams in any order that no event forbids. So each access to a tensor's memory has to
 come after those that it conflicts with: by its stream's order, by an event, or because the host had waited. One that
-does not is an error here, whatever values came of it.
+does not is an error here, whatever values came of it. A tensor's memory is one, so also where two streams use two slots
+of it. Memory on the device is what is made with `device=`, or of such, and what is registered.
+
+Not looked at: memory that is used again, by the allocator or in a pool of graphs, and the capture itself.
 
 Source: vector clocks, as data races are found with them: Fidge 1988; Mattern 1989.
 """
@@ -74,11 +77,15 @@ class Order:
             self._on_host.add(memory)
         return memory
 
+    def knows(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._accesses
+
     def is_on_host(self, tensor: torch.Tensor) -> bool:
         return self.take(tensor) in self._on_host
 
     def access(self, line: str, name: str, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> None:
         """An operation on a line of work. Raises `Race`."""
+        reads, writes = ([tensor for tensor in tensors if tensor.numel()] for tensors in (reads, writes))
         clock = self.clocks[line]
         clock |= self.clocks[HOST]  # what is launched comes after what the host has seen
         clock[line] += 1
@@ -117,12 +124,12 @@ class Order:
     @contextmanager
     def not_watching(self) -> Iterator[None]:
         """Operations meanwhile are nobody's."""
-        self.is_watching = False
+        before, self.is_watching = self.is_watching, False
         try:
             with _disable_current_modes():
                 yield
         finally:
-            self.is_watching = True
+            self.is_watching = before
 
     def synchronize(self) -> None:
         """The host waits for everything."""
@@ -151,6 +158,8 @@ class _Operations(TorchDispatchMode):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             (writes if is_written else reads).extend(tensors)
         inputs = [*reads, *writes]
+        for tensor in inputs:
+            order.take(tensor, on_host=not order.knows(tensor))  # nobody made it here or registered it
         given_memory = set(map(order.take, inputs))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         made = [tensor for tensor in made if order.take(tensor) not in given_memory]  # nor what is given back
@@ -163,7 +172,7 @@ class _Operations(TorchDispatchMode):
             order.take(tensor, on_host=is_host)
         name = function.overloadpacket._qualified_op_name.split("::")[1]
         order.access(HOST if is_host else order.current, name, reads, [*writes, *made])
-        if name == "_local_scalar_dense" or (name == "copy_" and self._waits(args, kwargs)):
+        if (name == "_local_scalar_dense" and not is_host) or (name == "copy_" and self._waits(args, kwargs)):
             order.host_waits_for(order.clocks[order.current])
         return result
 
@@ -173,7 +182,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _HostMemory(TorchFunctionMode):
-    """Pinned memory is the host's; reading it as an array is the host's access."""
+    """What is made without `device=` is the host's; reading memory as an array is the host's access."""
 
     def __init__(self, order: Order) -> None:
         super().__init__()
@@ -183,12 +192,19 @@ class _HostMemory(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function is torch.Tensor.record_stream:
             return None
-        if function is torch.Tensor.numpy and self.order.is_watching and self.order.step is None:
+        kwargs.pop("pin_memory", None)
+        if not self.order.is_watching or self.order.step is not None:
+            return function(*args, **kwargs)
+        if function is torch.Tensor.numpy:
             self.order.access(HOST, "numpy", [args[0]], [])
-        is_pinned = kwargs.pop("pin_memory", False)
-        result = function(*args, **kwargs)
-        if function is torch.from_numpy or is_pinned:
-            self.order.take(result, on_host=True)
+        is_made = not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs)))
+        if not is_made or kwargs.get("device") is not None:
+            return function(*args, **kwargs)
+        with _disable_current_modes():
+            result = function(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.order.take(leaf, on_host=True)
         return result
 
 

@@ -1,7 +1,7 @@
 """Captured steps give what the model gives, whatever the batch, the slot, the order of capture and who else speaks.
 
 Where there is no GPU, the same tests run with steps on a CPU, in the batch sizes and one frame ahead as captured ones
-are, and with the captured steps' own code over simulated streams, which find what nothing orders.
+are, and with the captured steps' own code but for the capture, over simulated streams, which find what nothing orders.
 """
 
 from __future__ import annotations
@@ -368,7 +368,7 @@ def test_suspended_as_if_it_had_not_been(machine: Machine) -> None:
         assert loop.is_idle
 
 
-# --- allocations ------------------------------------------------------------------------------------------------------
+# --- everything captured ----------------------------------------------------------------------------------------------
 
 
 def assert_no_allocation(machine: Machine, loop: Loop, jobs: Sequence[Job], frames: int) -> None:
@@ -395,6 +395,12 @@ def captured_loop(machine: Machine) -> Loop:
         assert set(costs.prefill_seconds) == set(steps.prefill_sizes)
         assert all(seconds > 0 for seconds in (*costs.frame_seconds.values(), *costs.prefill_seconds.values()))
     return Loop(steps, SLOTS, machine.runtime.frame_rate)
+
+
+def test_all_captured_at_once(machine: Machine) -> None:
+    loop = captured_loop(machine)
+    for job, expected in zip(machine.jobs[:3], machine.alone, strict=False):
+        machine.assert_same(all_of(loop, loop.submit(job)), expected)
 
 
 @on_a_gpu

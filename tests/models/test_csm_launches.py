@@ -101,13 +101,13 @@ def test_a_prompt_is_kernels_and_one_copy(asked: Asked, model: Csm, state: CsmSt
 
 
 def test_a_frames_sound(asked: Asked, model: Csm, state: CsmState) -> None:
-    """The codec is torch's own operations, as few as there are now; nothing in it waits for the device."""
+    """The codec is torch's own operations, no more than there are now; nothing in it waits for the device."""
     rows = 3
     sound = model.decode(state, torch.empty(rows, CODEBOOKS, dtype=torch.int64, device=CUDA), of_slots(rows))
     assert {part.device for part in (sound.samples, sound.power, sound.ended)} == {CUDA}
     assert sound.samples.shape == (rows, 1920)
     assert not asked.launches
-    assert asked.others.total() <= 319
+    assert asked.others.total() <= 279
     assert not asked.on_host
 
 
