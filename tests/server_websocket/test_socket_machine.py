@@ -103,10 +103,10 @@ class Socket:
         self.sent.append(Sent(message, self.fences))
 
     def _settle_before(self, name: str) -> None:
-        """Where a new context may take another's place, it is settled whose."""
+        """Where a new context may take another's place, it is settled whose: also one asked for before."""
         asked = {sent.message["context_id"] for sent in self.sent if sent.message.get("type") == "input.text"}
         names = asked | set(self.model.contexts)
-        if (name not in self.model.contexts and len(names | {name}) > BOUNDS.contexts) or self._ends(name):
+        if len(names | {name}) > BOUNDS.contexts or self._ends(name):
             self.settle()
 
     def _ends(self, name: str) -> bool:
