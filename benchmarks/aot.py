@@ -342,6 +342,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Compile everything and print a table for each kernel; the last line printed is one JSON document."""
+    if parsed.processes < 1:
+        print("The suite aot needs 1 process or more.", file=sys.stderr)
+        return 1
     start = time.perf_counter()
     todo = list(specializations(parsed.cases, parsed.capabilities).values())
     # New processes, not forks: torch has started threads in this one.

@@ -320,8 +320,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Measure and print a table; the last line printed is one JSON document. Exits with 1 if a result is wrong."""
-    if min(parsed.rows) < 1:
-        print(f"--rows are 1 or more, got {min(parsed.rows)}.", file=sys.stderr)
+    if min(parsed.rows) < 1 or parsed.repeats < 1:
+        print("The suite kernels needs 1 row or more, and 1 repeat or more.", file=sys.stderr)
         return 1
     device, dtype = torch.device(parsed.device), DTYPES[parsed.dtype]
     about, bandwidth = circumstances(device), copy_bandwidth(device)

@@ -150,6 +150,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Measure and print a table; the last line is one JSON document -> 1 when a chain came out wrong."""
+    if parsed.repeats < 1:
+        print("The suite mechanics needs 1 repeat or more.", file=sys.stderr)
+        return 1
     device = torch.device(parsed.device)
     if device.type != "cuda" and isinstance(relay_kernel, triton.runtime.JITFunction):
         print("The suite mechanics needs a GPU; TRITON_INTERPRET=1 tries it without one.", file=sys.stderr)

@@ -18,6 +18,7 @@ from aloud import Guards, Runtime, Segment
 from aloud.engine.loop import Loop
 from aloud.engine.steps import HostFrame, Launched, Reading, Steps
 from aloud.engine.stream import Job, Prefix, Stream
+from aloud.errors import RequestError
 from aloud.models.csm import Csm
 from aloud.prompt_block import Piece
 from aloud.request import Prompt, Sampling
@@ -102,11 +103,11 @@ def noise_job(
 
 
 def voice_segment(runtime: Runtime, positions: int, seed: int) -> Segment:
-    """A turn, of noise, that takes so many positions of the context."""
+    """A turn, of noise, that takes so many positions of the context. Raises `RequestError` when its text takes more."""
     text = len(turn_text(runtime._tokenizer, 0, VOICE_TEXT))
     frames = positions - text - 1  # behind the frames stands one that ends them
     if frames < 1:
-        raise ValueError(f"A voice of {positions} positions has no room for sound behind the {text} of its text.")
+        raise RequestError(f"A voice of {positions} positions has no room for sound behind the {text} of its text.")
     size = runtime.config.codec.frame_size
     noise = np.random.default_rng(seed).standard_normal(frames * size)
     return Segment(VOICE_TEXT, (0.1 * noise).astype(np.float32))

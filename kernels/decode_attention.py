@@ -162,7 +162,8 @@ def decode_attention_kernel(
 def cache_strides(cache: torch.Tensor) -> dict[str, int]:
     """Distances in elements, by the kernels' parameter names.
 
-    The kernels take the first in 64 bits always: beyond about 2,000 slots it needs them, and that would be others.
+    The kernels take the first in 64 bits always: beyond about 2,000 slots it needs them, and that would be another
+    kernel.
     """
     value, slot, head, position, _ = cache.stride()
     return {

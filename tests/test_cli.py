@@ -389,6 +389,33 @@ def test_random_where_a_folder_cannot_be_is_a_sentence(tmp_path: Path, capsys: p
     assert (status, err) == (1, f"aloud: {tmp_path / 'file' / 'model'}: Not a directory\n")
 
 
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("frame --rows 0", "needs 1 row or more"),
+        ("frame --rows 1 --context 1", "and 2 positions of context"),
+        ("frame --device cpu --rows 1 --voice 5", "A voice of 5 positions has no room for sound behind"),
+        ("host --streams -1", "needs 1 stream or more"),
+        ("kernels --rows 8 0", "needs 1 row or more"),
+        ("kernels --repeats 0", "and 1 repeat or more"),
+        ("mechanics --repeats 0", "needs 1 repeat or more"),
+        ("peers --frames 1", "needs 2 frames or more"),
+        ("serving --seconds 0", "rates and seconds above 0"),
+        ("aot --processes 0", "needs 1 process or more"),
+    ],
+)
+def test_bench_refuses_what_cannot_be_measured(
+    model: str, command: str, sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    suite = command.split()
+    if "--voice" in suite:
+        suite += ["--model", model, "--dtype", "float32"]
+    assert main(["bench", *suite]) == 1
+    error = capfd.readouterr().err
+    assert sentence in error
+    assert "fault of the program" not in error
+
+
 def test_bench_load_prints_a_table_and_one_document(model: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "load", "--model", model, "--dtypes", "bfloat16"]) == 0
     out, _ = capfd.readouterr()

@@ -63,7 +63,7 @@ def rotation(config: MimiConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(vectors: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate queries or keys `[rows, heads, positions, head_dim]` by angles `[rows, positions, head_dim / 2]`."""
+    """Rotate queries and keys `[rows, heads, positions, head_dim]` by angles `[rows, positions, head_dim / 2]`."""
     first, second = vectors.float().chunk(2, dim=-1)
     cosine, sine = cosine[:, None], sine[:, None]
     rotated = [

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gpu.simulated_streams import Order, SimulatedGraphSteps, simulated_streams
 
 from aloud import Guards, Runtime, Sampling, Segment
 from aloud.benchmarks.frame import allocator_counters
@@ -29,6 +28,7 @@ from aloud.memory import tensors_of
 from aloud.models.csm import Csm, CsmState
 from aloud.prompt_block import Piece, PromptBlock, pack
 from aloud.request import Prompt
+from gpu.simulated_streams import Order, SimulatedGraphSteps, simulated_streams
 from oracle import csm as oracle
 
 SLOTS, POSITIONS, CODEBOOKS = 8, 720, 3

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from gpu.simulated_streams import Order, Race, simulated_streams
 
 

@@ -268,7 +268,7 @@ def is_empty(loop: Loop) -> bool:
     return loop.is_idle and loop.used_slots == 0 and loop.waiting == 0 and streams == 0
 
 
-def until(condition: Callable[[], bool], limit_seconds: float = 60.0) -> None:
+def until(condition: Callable[[], bool], limit_seconds: float = 10.0) -> None:
     """Wait for something that another thread does."""
     end = time.monotonic() + limit_seconds
     while not condition():

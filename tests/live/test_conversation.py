@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from aloud.request import Prompt
 from aloud.voice import Voice
 
 CODEBOOKS, END_TOKEN, POSITIONS = 2, 0, 40
-CONFIG = SimpleNamespace(codebooks=CODEBOOKS, end_token=END_TOKEN)
+CONFIG: Any = SimpleNamespace(codebooks=CODEBOOKS, end_token=END_TOKEN)
 
 
 class Writer:
@@ -111,7 +112,7 @@ def test_it_is_its_voice_and_its_last_turns(
     writer = Writer()
     voice_content = content(writer.text(voice_positions))
     voice = Voice(None, cache_of(voice_content)) if voice_positions else None  # type: ignore[arg-type]
-    conversation = Conversation(CONFIG, voice, POSITIONS)  # type: ignore[arg-type]
+    conversation = Conversation(CONFIG, voice, POSITIONS)
     pinned = [writer.text(words) for words in context]
     for prompt in pinned:
         conversation.add(prompt)
@@ -216,7 +217,7 @@ def test_it_is_its_voice_and_its_last_turns(
 
 def test_voice_and_text_that_do_not_fit_are_refused_before_anything_is_dropped() -> None:
     writer = Writer()
-    conversation = Conversation(CONFIG, None, 20)  # type: ignore[arg-type]
+    conversation = Conversation(CONFIG, None, 20)
     conversation.add(writer.heard(5, 2))
     with pytest.raises(ContextTooLong, match=r"^Voice, context and text take 23 positions, 3 more than there are"):
         conversation.prompt_for(writer.text(23), 1)
@@ -232,7 +233,7 @@ def test_voice_and_text_that_do_not_fit_are_refused_before_anything_is_dropped()
 def test_what_was_heard_is_counted_from_the_beginning_of_an_utterance(heard: int, left: list[int]) -> None:
     """Also where its first pieces have been dropped meanwhile."""
     writer = Writer()
-    conversation = Conversation(CONFIG, None, 20)  # type: ignore[arg-type]
+    conversation = Conversation(CONFIG, None, 20)
     utterance = object()
     for _ in range(3):
         text = writer.text(3)
@@ -250,7 +251,7 @@ def test_what_was_heard_is_counted_from_the_beginning_of_an_utterance(heard: int
 
 def test_what_is_taken_back_was_never_there() -> None:
     writer = Writer()
-    conversation = Conversation(CONFIG, None, 20)  # type: ignore[arg-type]
+    conversation = Conversation(CONFIG, None, 20)
     first = writer.heard(3, 2)
     conversation.add(first)
     conversation.has_read(cache_of(content(first)))
@@ -263,7 +264,7 @@ def test_what_is_taken_back_was_never_there() -> None:
 def test_an_eviction_that_comes_meanwhile_is_not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread drops what was read, while a turn is taken back and the rest of it is to be kept."""
     writer = Writer()
-    conversation = Conversation(CONFIG, None, POSITIONS)  # type: ignore[arg-type]
+    conversation = Conversation(CONFIG, None, POSITIONS)
     for _ in range(2):
         conversation.add(writer.text(5))
     conversation.has_read(cache_of(content(join(conversation.turns))))

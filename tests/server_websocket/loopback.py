@@ -18,8 +18,7 @@ from websockets.sync.client import connect
 
 from aloud import Engine
 
-WAIT_SECONDS = 60
-"""Much longer than anything takes, also where the machine is busy."""
+WAIT_SECONDS = 30
 
 
 class Served:
