@@ -50,8 +50,10 @@ def test_a_replica_takes_as_many_requests_as_it_has_streams(monkeypatch: pytest.
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> Iterator[Any]:
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An HTTP client of two replicas."""
+    # On a busy machine a proxy takes longer to start than the 5 s after which Ray would kill it.
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     for folder in ("model", "voices", "sessions"):
         (tmp_path / folder).mkdir()
     write_random(tmp_path / "model", "small", seed=1, dtype="float32")
