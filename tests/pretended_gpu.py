@@ -39,6 +39,7 @@ class Asked(TorchDispatchMode):
     """What is asked since the last `clear`: launches of kernels, and torch's operations by name.
 
     on_host: of these, the ones whose result is on the host, from where a capture could not copy it.
+    waits: copies to the device that the host waits for: of its ordinary memory, so also of a number that is assigned.
     """
 
     def __init__(self) -> None:
@@ -46,6 +47,7 @@ class Asked(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.others: Counter[str] = Counter()
         self.on_host: Counter[str] = Counter()
+        self.waits = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket._qualified_op_name.split("::")[1]
@@ -56,6 +58,8 @@ class Asked(TorchDispatchMode):
         assert not is_read or all(leaf.is_cuda for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)), (
             f"the host waits for {name}"
         )
+        if name == "copy_" and args[0].is_cuda and not args[1].is_cuda:
+            self.waits += not (args[2] if len(args) > 2 else (kwargs or {}).get("non_blocking", False))
         if any(isinstance(leaf, torch.Tensor) and not leaf.is_cuda for leaf in tree_leaves(result)):
             self.on_host[name] += 1
         return result
@@ -85,6 +89,7 @@ class Asked(TorchDispatchMode):
         self.launches.clear()
         self.others.clear()
         self.on_host.clear()
+        self.waits = 0
 
 
 @contextmanager

@@ -93,6 +93,9 @@ class ScriptedModel:
         state.slots[slot] = stream = Slot(seed, sampling, positions)
         self.started.append(stream)
 
+    def start_sound(self, state: State, slot: int) -> None:
+        assert state.slots[slot] is not None, "sound before start"
+
     def prefill(self, state: State, block: PromptBlock) -> None:
         columns = zip(block.slots.tolist(), block.positions.tolist(), block.text_tokens.tolist(), strict=True)
         for slot, position, token in columns:

@@ -110,11 +110,15 @@ class GraphSteps(Generic[State]):
         self._prefills: dict[int, PrefillGraph] = {}
         with torch.cuda.device(self._device):
             self._main, self._side = torch.cuda.Stream(), torch.cuda.Stream()
+            # Captures have streams of their own. Pinned memory is copied on the others, and where a thread lets go of
+            # some, the allocator records an event on them, which a capture does not allow.
+            self._draw_capture, self._decode_capture = torch.cuda.Stream(), torch.cuda.Stream()
             self._draw_pool, self._decode_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
             self._last_end: torch.cuda.Event | None = None
-            self._decoded = torch.cuda.Event()  # the last decode that was launched
-        # What was put into the streams' memory by others, such as its first zeros; the side stream comes behind.
-        self._main.wait_stream(torch.cuda.current_stream(self._device))
+            self._decoded = torch.cuda.Event()  # the last on the side stream that used the codec's state
+        # What was put into the streams' memory by others, such as its first zeros.
+        for stream in (self._main, self._side):
+            stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def capture(self, progress: Callable[[str], None] = lambda _: None) -> Costs:
         """Capture everything, the largest first, so that the smaller find their memory there, and time each once.
@@ -130,13 +134,15 @@ class GraphSteps(Generic[State]):
         for rows in reversed(self.batch_sizes):
             progress(f"frame of {rows}")
             self._frame_graph(rows)
-            frame = self.launch(np.repeat(scratch, rows)).read()
+            for _ in range(2):  # the first brings the graph to the device
+                frame = self.launch(np.repeat(scratch, rows)).read()
             costs.frame_seconds[rows] = frame.seconds
         return costs
 
     def _time(self, graph: torch.cuda.CUDAGraph) -> float:
         begin, end = self._timing_events()
         with torch.cuda.stream(self._main):
+            graph.replay()  # the first brings it to the device
             begin.record()
             graph.replay()
             end.record()
@@ -146,8 +152,11 @@ class GraphSteps(Generic[State]):
     def start(self, slot: int, sampling: Sampling, seed: int, positions: int) -> None:
         """See `Steps.start`."""
         with torch.cuda.stream(self._main):
-            self._main.wait_event(self._decoded)  # it may still write the state of the slot's last stream
             self._model.start(self._slots.state, slot, sampling, seed, positions)
+        with torch.cuda.stream(self._side):  # behind the decodes of the slot's last stream; no draw waits for them
+            self._model.start_sound(self._slots.state, slot)
+            self._decoded = torch.cuda.Event()
+            self._decoded.record()
 
     @torch.no_grad()
     def prefill(self, pieces: Sequence[Piece]) -> Reading:
@@ -181,7 +190,9 @@ class GraphSteps(Generic[State]):
         """See `Steps.copy_stream`."""
         with torch.cuda.stream(self._main):
             self._main.wait_event(self._decoded)  # it writes the codec's part
-            return self._model.copy_stream(self._slots.state, slot, positions)
+            stream = self._model.copy_stream(self._slots.state, slot, positions)
+        self._side.wait_stream(self._main)  # what comes next to the slot begins there
+        return stream
 
     @torch.no_grad()
     def paste_stream(self, slot: int, stream: tuple[torch.Tensor, ...]) -> None:
@@ -189,6 +200,7 @@ class GraphSteps(Generic[State]):
         with torch.cuda.stream(self._main):
             self._main.wait_event(self._decoded)  # it may still write the state of the slot's last stream
             self._model.paste_stream(self._slots.state, slot, stream)
+        self._side.wait_stream(self._main)
 
     @torch.no_grad()
     def launch(self, slots: np.ndarray) -> Launched:
@@ -229,12 +241,11 @@ class GraphSteps(Generic[State]):
             with torch.cuda.stream(self._main):
                 slots = torch.full((rows,), self._slots.scratch, device=self._device)
                 drawn_slots = slots.clone()
-            draw, codes = self._capture(lambda: self._model.draw(state, slots), self._main, self._draw_pool)
+            draw, codes = self._capture(lambda: self._model.draw(state, slots), self._draw_capture, self._draw_pool)
             with torch.cuda.stream(self._main):
                 drawn_codes = torch.zeros_like(codes)
-            self._side.wait_stream(self._main)
             decode, sound = self._capture(
-                lambda: self._model.decode(state, drawn_codes, drawn_slots), self._side, self._decode_pool
+                lambda: self._model.decode(state, drawn_codes, drawn_slots), self._decode_capture, self._decode_pool
             )
             self._frames[rows] = FrameGraph(draw, slots, codes, decode, drawn_slots, drawn_codes, sound)
         return self._frames[rows]
@@ -247,7 +258,7 @@ class GraphSteps(Generic[State]):
                 data = torch.zeros(4 + self._model.codebooks, positions, dtype=torch.int64, device=self._device)
                 data[1] = data[3] = self._slots.scratch
             block = PromptBlock(data)
-            graph, _ = self._capture(lambda: self._model.prefill(state, block), self._main, self._draw_pool)
+            graph, _ = self._capture(lambda: self._model.prefill(state, block), self._draw_capture, self._draw_pool)
             self._prefills[positions] = PrefillGraph(graph, block)
         return self._prefills[positions]
 
@@ -255,6 +266,13 @@ class GraphSteps(Generic[State]):
         self, step: Callable[[], Result], stream: torch.cuda.Stream, pool: Any
     ) -> tuple[torch.cuda.CUDAGraph, Result]:
         """Capture a step -> the graph and the step's result, which every replay writes anew."""
+        for before in (self._main, self._side):  # what is computed meanwhile uses the same scratch memory
+            stream.wait_stream(before)
+        return self._capture_on(step, stream, pool)
+
+    def _capture_on(
+        self, step: Callable[[], Result], stream: torch.cuda.Stream, pool: Any
+    ) -> tuple[torch.cuda.CUDAGraph, Result]:
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 step()

@@ -62,7 +62,11 @@ class SpeechModel(Protocol[State]):
         ...
 
     def start(self, state: State, slot: int, sampling: Sampling, seed: int, positions: int) -> None:
-        """Make a slot a new stream whose prompt takes `positions`."""
+        """Make a slot a new stream whose prompt takes `positions`: all of it that `prefill` and `draw` use."""
+        ...
+
+    def start_sound(self, state: State, slot: int) -> None:
+        """The same of what `decode` uses, which is nothing that the others do."""
         ...
 
     def prefill(self, state: State, block: PromptBlock) -> None:

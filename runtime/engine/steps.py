@@ -151,6 +151,7 @@ class EagerSteps(Generic[State]):
     def start(self, slot: int, sampling: Sampling, seed: int, positions: int) -> None:
         """See `Steps.start`."""
         self._model.start(self._slots.state, slot, sampling, seed, positions)
+        self._model.start_sound(self._slots.state, slot)
 
     @torch.no_grad()
     def prefill(self, pieces: Sequence[Piece]) -> Reading:

@@ -140,15 +140,21 @@ def embed_prompt(
 
 
 def start(state: CsmState, slot: int, sampling: Sampling, seed: int, positions: int) -> None:
-    """Make `slot` a new stream whose prompt takes `positions`; nothing of the stream before remains in what it reads.
+    """Make `slot` a new stream whose prompt takes `positions`, but for its sound, see `start_sound`.
 
-    Numbers are written one by one and not as tensors, which would have to be copied to the device first.
+    Each number is filled in: one that is assigned would be a tensor on the host, and the host would wait for its copy.
     """
-    state.position[slot] = positions - 1  # the prompt's last position is read by the first frame
-    state.frame[slot] = 0
-    state.seed[slot] = seed if seed < 2**63 else seed - 2**64  # the same 64 bits, as int64 has them
-    state.temperature[0, slot], state.temperature[1, slot] = sampling.temperature, sampling.depth_temperature
-    state.top_k[0, slot], state.top_k[1, slot] = sampling.top_k, sampling.depth_top_k
+    state.position[slot].fill_(positions - 1)  # the prompt's last position is read by the first frame
+    state.frame[slot].fill_(0)
+    state.seed[slot].fill_(seed if seed < 2**63 else seed - 2**64)  # the same 64 bits, as int64 has them
+    state.temperature[0, slot].fill_(sampling.temperature)
+    state.temperature[1, slot].fill_(sampling.depth_temperature)
+    state.top_k[0, slot].fill_(sampling.top_k)
+    state.top_k[1, slot].fill_(sampling.depth_top_k)
+
+
+def start_sound(state: CsmState, slot: int) -> None:
+    """Make a slot's sound that of a new stream; nothing of the stream before remains in it."""
     mimi.reset(state.codec, slot)
 
 
@@ -293,6 +299,10 @@ class Csm:
     def start(self, state: CsmState, slot: int, sampling: Sampling, seed: int, positions: int) -> None:
         """See `start`."""
         start(state, slot, sampling, seed, positions)
+
+    def start_sound(self, state: CsmState, slot: int) -> None:
+        """See `start_sound`."""
+        start_sound(state, slot)
 
     def prefill(self, state: CsmState, block: PromptBlock) -> None:
         """See `prefill`."""

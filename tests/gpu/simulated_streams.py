@@ -301,7 +301,7 @@ class SimulatedGraphSteps(GraphSteps[CsmState]):
         for tensor in tensors_of((model.weights, model.codec, slots.state)):
             order.take(tensor)
 
-    def _capture(self, step: Callable[[], Result], stream: Any, pool: Any) -> tuple[Any, Result]:
+    def _capture_on(self, step: Callable[[], Result], stream: Any, pool: Any) -> tuple[Any, Result]:
         with torch.cuda.stream(stream):
             with self._order.not_watching():
                 for _ in range(WARM_UPS):

@@ -282,6 +282,29 @@ def test_a_stream_is_copied_behind_its_last_launch(machine: Machine) -> None:
     machine.assert_same((codes, np.concatenate([frame.samples[0] for frame in frames])), expected)
 
 
+def test_a_slot_begins_anew_where_a_stream_was_copied_or_pasted(machine: Machine) -> None:
+    """At once, before anything is launched."""
+    steps, _ = machine.steps()
+    first, job, expected = machine.jobs[2], machine.jobs[5], machine.alone[5]
+
+    def speak_anew() -> None:
+        steps.start(0, job.sampling, job.seed, job.positions)
+        steps.prefill([Piece(0, job.prompt, 0, len(job.prompt), 0)])
+        frames = [steps.launch(np.array([0])).read() for _ in range(job.max_frames)]
+        codes = np.concatenate([frame.codes for frame in frames])
+        machine.assert_same((codes, np.concatenate([frame.samples[0] for frame in frames])), expected)
+
+    steps.start(0, first.sampling, first.seed, first.positions)
+    steps.prefill([Piece(0, first.prompt, 0, len(first.prompt), 0)])
+    for _ in range(2):
+        steps.launch(np.array([0]))
+    stream = steps.copy_stream(0, first.positions + 2)
+    speak_anew()
+    steps.start(0, job.sampling, job.seed, job.positions)
+    steps.paste_stream(0, stream)
+    speak_anew()
+
+
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 255, 256, 257, 511, 512, 513, 700])
 def test_prompts_of_any_length(machine: Machine, length: int, generator: torch.Generator) -> None:
     job = replace(machine.jobs[1], prompt=noise_prompt(length, generator), max_frames=4)

@@ -114,12 +114,14 @@ def test_a_frames_sound(asked: Asked, model: Csm, state: CsmState) -> None:
 def test_streams_and_prefixes_stay_on_the_device(asked: Asked, model: Csm, state: CsmState) -> None:
     """To begin a stream, to put it aside and to take it up, with prefixes: numbers go there, and none comes back."""
     model.start(state, 1, Sampling(0.9, 50, 0.9, 50), 2**63 + 5, 100)
+    model.start_sound(state, 1)
     prefix = model.copy_prefix(state, 1, 100)
     model.paste_prefix(state, 2, prefix, 60)
     stream = model.copy_stream(state, 1, 100)
     model.paste_stream(state, 3, stream)
     assert {part.device for part in (prefix, *stream)} == {CUDA}
     assert not asked.launches
+    assert asked.waits == 0
 
 
 def test_audio_is_encoded_on_the_device(asked: Asked, model: Csm) -> None:
