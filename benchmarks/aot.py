@@ -99,7 +99,7 @@ class Specialization:
     kernel: Any
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...]  # places of arguments that are multiples of 16
+    divisible: tuple[tuple[int, bool], ...]  # by an argument's place, where Triton asks: whether it is a multiple of 16
     options: tuple[tuple[str, Any], ...]
 
 
@@ -119,8 +119,8 @@ def specialize(launch: Launch) -> Specialization:
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = parameter.annotation_type or _type(value)
-        if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment) and _multiple_of_16(value):
-            divisible.append(place)
+        if not (parameter.do_not_specialize or isinstance(value, float)):
+            divisible.append((place, not parameter.do_not_specialize_on_alignment and _multiple_of_16(value)))
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     if launch.programmatic:
         options["launch_pdl"] = True
@@ -145,10 +145,11 @@ def compile_launch(launch: Launch, capability: int) -> Report:
         fn=special.kernel,
         signature=dict(special.signature),
         constexprs=dict(special.constants),
-        attrs={(place,): [["tt.divisibility", 16]] for place in special.divisible},
+        # Also where there is nothing to say, as Triton itself does: a launch then finds this in Triton's cache.
+        attrs={(place,): [["tt.divisibility", 16]] if is_so else [] for place, is_so in special.divisible},
     )
     with triton.knobs.compilation.scope():
-        # Never from Triton's cache: that does not notice when a device function has moved to other lines.
+        # Never from the cache: that does not notice when a device function has moved to other lines.
         triton.knobs.compilation.always_compile = True
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(special.options))
     cubin = compiled.asm["cubin"]

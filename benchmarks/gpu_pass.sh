@@ -3,7 +3,7 @@
 #
 # Logs, reports (JSON) and plots go to FOLDER; a stage whose STAGE.done is there is not run again, so a pass that was cut
 # short goes on where it stopped; naming stages runs only those, for a pass in several calls. Stages, in their order:
-# mechanics operations graphs kernels weights frame host serving peers models. Full-size random weights, 3.6 GB, go to
+# compile mechanics operations graphs kernels weights frame host serving peers models. Full-size random weights, 3.6 GB, go to
 # WEIGHTS (default: aloud-weights in the system's temporary folder), outside FOLDER; a stage that needs them makes them.
 # The machine needs Python with torch, triton, pybind11, pytest and transformers, and a C++ compiler; for `aloud serve`
 # in the stage serving, the extra `server`, too. Nothing is downloaded. --small rehearses it on a machine without a GPU.
@@ -18,13 +18,13 @@ fi
 folder=${1:?usage: gpu_pass.sh [--small] FOLDER [STAGE ...]}
 shift
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(mechanics operations graphs kernels weights frame host serving peers models)
+[ ${#stages[@]} -gt 0 ] || stages=(compile mechanics operations graphs kernels weights frame host serving peers models)
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit
 python=${PYTHON:-python3}
-limit=240 # seconds of a stage
+limit=${LIMIT:-240} # seconds of a stage; it is then interrupted, so that it prints what it knows
 # The tree as the package, without installing: kernels/ and benchmarks/ are aloud.kernels and aloud.benchmarks.
 site=$folder/site
 export PYTHONUNBUFFERED=1 PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
@@ -42,18 +42,31 @@ build() {
 }
 tests() {
     # cuBLAS is deterministic, as the tests ask of torch, only with this.
-    CUBLAS_WORKSPACE_CONFIG=:4096:8 timeout -k 10 $limit \
-        "$python" -m pytest -q -n 0 -p no:cacheprovider --rootdir "$root" --durations 10 "$@"
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 timeout -s INT -k 20 "$limit" \
+        "$python" -m pytest -q -p no:cacheprovider --rootdir "$root" --durations 10 "$@"
 }
-bench() { (cd "$folder" && timeout -k 10 $limit "$python" -m aloud.benchmarks "$@"); }
+bench() { (cd "$folder" && timeout -s INT -k 20 "$limit" "$python" -m aloud.benchmarks "$@"); }
 suite() { bench "$1" --json "$folder/$1.json" "${@:2}"; }
 
-mechanics() { if [ -n "$small" ]; then TRITON_INTERPRET=1 suite mechanics --repeats 2; else suite mechanics; fi; }
-operations() { tests -m gpu tests/gpu/test_operations.py; }
-graphs() { if [ -n "$small" ]; then tests tests/gpu/test_graphs.py; else tests -m gpu tests/gpu/test_graphs.py; fi; }
-models() { tests -m gpu tests/gpu/test_csm.py; }
-kernels() {
+# All processors fill Triton's cache, from which the stages after it take their kernels.
+compile() {
     local given=()
+    [ -z "$small" ] || given=(--cases norm.backbone)
+    bench aot "${given[@]}" --capabilities "$(capability)"
+}
+capability() {
+    "$python" -c "
+import torch
+major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+print(10 * major + minor)"
+}
+mechanics() { if [ -n "$small" ]; then TRITON_INTERPRET=1 suite mechanics --repeats 2; else suite mechanics; fi; }
+# Most of its time is compilation of small shapes, each in one thread.
+operations() { tests -n 8 --dist load -m gpu tests/gpu/test_operations.py; }
+graphs() { if [ -n "$small" ]; then tests -n 0 tests/gpu/test_graphs.py; else tests -n 0 -m gpu tests/gpu/test_graphs.py; fi; }
+models() { tests -n 0 -m gpu tests/gpu/test_csm.py; }
+kernels() {
+    local given=(--compile-rows 1)
     [ -z "$small" ] || given=(--small --dtype "$dtype" --rows 1 3 16 --repeats 2 --compile-rows)
     bench kernels "${given[@]}" || return
     tail -n 1 "$folder/kernels.log" >"$folder/kernels.json"
@@ -75,7 +88,7 @@ model() { # a suite on the weights
     suite "$1" --model "$weights" --dtype "$dtype" --plot "$folder/$1.png" "${@:2}"
 }
 frame() {
-    local given=(--seconds 3)
+    local given=(--seconds 3 --frames-without-allocation 3000)
     [ -z "$small" ] || given=(--seconds 1 --rows 1 2 --repeats 2 --context 100)
     model frame "${given[@]}"
 }
@@ -86,7 +99,7 @@ serving() {
     model serving "${given[@]}"
 }
 peers() {
-    local given=(--rows 1 16)
+    local given=(--rows 1 16 --frames 12 --repeats 3)
     [ -z "$small" ] || given=(--rows 1 2 --frames 4 --repeats 1 --no-compile)
     model peers "${given[@]}"
 }

@@ -83,6 +83,8 @@ def noise_prefix(model: Csm, positions: int, seed: int) -> Prefix:
     generator = torch.Generator(model.device).manual_seed(seed)
     shape = (sizes.layers, 2, sizes.kv_heads, positions, sizes.head_dim)
     cache = torch.randn(shape, device=model.device, generator=generator).to(model.weights.text_embedding.dtype)
+    if model.device.type == "cuda":  # steps have streams of their own, which do not wait for this one
+        torch.cuda.synchronize(model.device)
     return Prefix(positions, cache)
 
 

@@ -6,8 +6,6 @@ is cut into chunks does not change what comes out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from aloud.codec.config import MimiConfig
 from aloud.codec.convolution import Convolution, ConvolutionWeights, convolve, convolve_transposed
+from aloud.codec.exact_convolutions import EXACT_CONVOLUTIONS
 from aloud.codec.quantizer import QuantizerWeights, dequantize, quantize
 from aloud.codec.seanet import Seanet, decoder_sizes, encoder_sizes, seanet_decode, seanet_encode
 from aloud.codec.transformer import LayerWeights, transform
@@ -178,7 +177,7 @@ def encode_chunk(
     if not 1 <= num_codebooks <= config.num_codebooks:
         raise ValueError(f"num_codebooks must be from 1 to {config.num_codebooks}, got {num_codebooks}")
 
-    with exact_convolutions():
+    with EXACT_CONVOLUTIONS.held():
         return _encode_chunk(config, weights, state, samples, slots, num_codebooks)
 
 
@@ -225,15 +224,8 @@ def decode_chunk(config: MimiConfig, weights: MimiWeights, state: MimiState, cod
         alone = zip(codes.split(1), slots.split(1), strict=True)
         return torch.cat([decode_chunk(config, weights, state, row, slot) for row, slot in alone])
 
-    with exact_convolutions():
+    with EXACT_CONVOLUTIONS.held():
         return _decode_chunk(config, weights, state, codes, slots, sizes["codebooks"])
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """float32 convolutions in float32: a GPU would round their inputs to 10 bits."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
 
 
 def _decode_chunk(

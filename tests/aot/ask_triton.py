@@ -15,19 +15,23 @@ from aloud.kernels.launch import Launch
 
 
 def by_triton(launch: Launch, capability: int) -> list[tuple[str, Any]]:
-    """Each parameter's type, and its value where that is constant, or "D" where it is divisible by 16."""
+    """Each parameter's type, and its value where that is constant, or "D" where it is divisible by 16, or "" where not.
+
+    None where that is not asked: which of the two it is decides nothing of the machine code, but under what it is kept.
+    """
     backend = make_backend(GPUTarget("cuda", capability, 32))
     bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     _, chosen, _ = bind(**launch.arguments, **launch.constants)
-    return [(kind, key if kind == "constexpr" else key or None) for kind, key in chosen]
+    return list(map(tuple, chosen))
 
 
 def by_us(launch: Launch) -> list[tuple[str, Any]]:
     """The same of `specialize`."""
     special = aot.specialize(launch)
-    constants = dict(special.constants)
+    constants, divisible = dict(special.constants), dict(special.divisible)
+    keys = {True: "D", False: "", None: None}
     return [
-        (kind, constants[name] if kind == "constexpr" else "D" if place in special.divisible else None)
+        (kind, constants[name] if kind == "constexpr" else keys[divisible.get(place)])
         for place, (name, kind) in enumerate(special.signature)
     ]
 

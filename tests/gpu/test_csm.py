@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,18 @@ import torch
 
 from aloud import Runtime, Segment
 from aloud.checkpoint.random import write_random
+from aloud.engine.graphs import GraphSteps
+from aloud.engine.slots import Slots
 from aloud.kernels.codebook_head import codebook_head
+from aloud.kernels.launch import Launch
 from aloud.models import transformer
-from aloud.models.csm import embed_prompt
+from aloud.models.csm import Csm, embed_prompt
 from aloud.prepare import read_segments
+from aloud.prompt_block import Piece
+from aloud.request import Prompt, Sampling
 from oracle import csm as oracle
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unfilled_on_a_gpu")]
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +68,33 @@ def test_full_size_greedy_codes(full_size: Path) -> None:
         text, temperature=0, max_seconds=frames * 0.08
     )
     expected.assert_same(spoken.codes)
+
+
+@torch.no_grad()
+def drawn(model: Csm, rows: int, seed: int) -> np.ndarray:
+    """Eight frames of so many streams, each behind a prompt of three random frames -> [frames, rows, codebooks]."""
+    state = model.allocate(rows + 1, 32)
+    steps = GraphSteps(model, Slots(state, rows, 32))
+    codes = torch.randint(1, model.config.drawable, (3, rows, model.codebooks), generator=torch.manual_seed(seed))
+    for slot in range(rows):
+        steps.start(slot, Sampling(0.9, 50, 0.9, 50), seed + slot, 3)
+        steps.prefill([Piece(slot, Prompt(torch.full((3,), -1), codes[:, slot]), 0, 3, 0)])
+    return np.stack([steps.launch(np.arange(rows)).read().codes for _ in range(8)])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 16, 64])
+def test_kernels_that_begin_early_change_nothing(
+    full_size: Path, rows: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice with programmatic launches, and once where each kernel begins when the one before has ended."""
+    model = Runtime.load(full_size, device="cuda", dtype="bfloat16", max_streams=1).model
+    early = [drawn(model, rows, seed) for _ in range(2)]
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda launch: run(replace(launch, programmatic=False)))
+    in_turn = drawn(model, rows, seed)
+    assert (in_turn >= 0).all()
+    for codes in early:
+        np.testing.assert_array_equal(codes, in_turn)
 
 
 def test_full_size_bfloat16_logits(full_size: Path) -> None:

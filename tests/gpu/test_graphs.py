@@ -31,6 +31,7 @@ from aloud.request import Prompt
 from gpu.simulated_streams import Order, SimulatedGraphSteps, simulated_streams
 from oracle import csm as oracle
 
+pytestmark = pytest.mark.usefixtures("unfilled_on_a_gpu")
 SLOTS, POSITIONS, CODEBOOKS = 8, 720, 3
 JOBS = 10
 Steps = EagerSteps[CsmState] | GraphSteps[CsmState]
