@@ -109,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     serve.add_argument("--port", type=int, default=8000, help="default: 8000")
     serve.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="a key a line; without it, everybody who reaches it may ask"
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="a key a line, # begins a comment's; without it, everybody who reaches it may ask",
     )
     serve.add_argument("--voices", type=Path, metavar="DIR", help="where voices are kept (default: until it stops)")
     serve.add_argument(
@@ -126,7 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-streams", type=int, help="streams at once (default: what fits, at most 256)")
     serve.add_argument("--max-positions", type=int, help="context of a stream (default: the model's)")
     serve.add_argument("--max-waiting", type=int, default=64, help="requests that may wait for a stream (default: 64)")
-    serve.add_argument("--drain-seconds", type=float, default=100.0, help="for what runs, when stopped (default: 100)")
+    serve.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=100.0,
+        help="for what runs, after SIGTERM; a second one, or Ctrl-C, ends it at once (default: 100)",
+    )
     serve.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     serve.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
 

@@ -305,12 +305,23 @@ async def _answer_problem(_: Request, error: Exception) -> Response:
     return problem_of(error).response()
 
 
-async def _answer_invalid(_: Request, error: Exception) -> Response:
+async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        message = f"The body is not JSON: it cannot be read on from position {first['loc'][-1]}."
+        return Problem(400, message, "invalid_json").response()
+    if first["loc"] == ("body",) and not _is_json(request.headers.get("content-type", "")):
+        message = "The body is JSON: send it with content-type: application/json."
+        return Problem(400, message, "invalid_content_type").response()
     where = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
     where = where[:MAX_SHOWN].encode(errors="replace").decode()  # fields that there are not are named by the client
     return Problem(400, f"{where}: {first['msg']}.", "invalid_request", where).response()
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:

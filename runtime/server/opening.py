@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -10,13 +12,23 @@ from aloud.server.problems import Problem, refuse
 
 
 class Opening:
-    """An ASGI application that hands everything to another once there is one."""
+    """An ASGI application that hands everything to another once there is one.
+
+    It is the outermost one. Nobody but the server cancels what it does, and only when the server itself ends: that is
+    no fault, of which there is anything to tell.
+    """
 
     def __init__(self) -> None:
         self.app: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let it be answered."""
+        try:
+            await self._answer(scope, receive, send)
+        except asyncio.CancelledError:
+            return
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         warming = Problem(503, "The server loads its model. Ask again soon.", "warming", retry_after_seconds=5)
         if self.app is not None:
             await self.app(scope, receive, send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
@@ -30,11 +31,13 @@ logger = logging.getLogger("aloud.serve")
 TICKS = 10
 """Between two looks at the connections; uvicorn ticks ten times a second."""
 OPEN_FILES = 65_536
+CUT_SECONDS = 2.0
+"""For requests to end whose connections were cut, and to write their lines in the log."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that drains: the first signal ends new work and lets what runs finish, the second ends all.
+    """Uvicorn that drains: SIGTERM ends new work and lets what runs finish; a second one, or SIGINT, ends all at once.
 
     Before it is open, a signal ends the process as if nothing minded it. It also ends connections on which nothing
     moves: those that wait too long for a request's head, and those that are closed but for what the client does not
@@ -71,6 +74,20 @@ class Server(uvicorn.Server):
         if counter % TICKS == 0:
             self._end_still_connections(time.monotonic())
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called at the end: wait for what runs, or cut it."""
+        if self.force_exit:
+            self._cut()
+        await super().shutdown(sockets)
+        self._cut()
+        if self.server_state.tasks:
+            await asyncio.wait(list(self.server_state.tasks), timeout=CUT_SECONDS)
+
+    def _cut(self) -> None:
+        """End every connection, so that its request ends by itself, as where a client leaves, and not as a fault."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def _drain(self, engine: Engine) -> None:
         end = time.monotonic() + self._drain_seconds
@@ -186,7 +203,7 @@ def serve(
         server.open(engine, lambda: app.state.metrics.speaking)
         opening.app = app
         for bound in sockets:
-            logger.info("Serving on %s (Ctrl-C stops it)", _url(bound))
+            logger.info("Serving on %s (Ctrl-C ends it at once; SIGTERM lets what runs finish)", _url(bound))
 
     if not settings.keys and not settings.hosts:
         logger.warning("Whoever reaches this server may ask for everything: it was started without a key file.")

@@ -64,8 +64,9 @@ class Sessions:
         return kept
 
     def open(self, owner: str, session_id: str, voice: str) -> Kept:
-        """A session that is there, or a new one."""
+        """A session that is there, or a new one; also the voice of one that is there must not have been deleted."""
         kept = self._current(owner, session_id)
+        self._registry.check(owner, voice)
         if kept is None:
             self._check_room(owner, session_id)  # before the work as well
             made = self._made(owner, voice)

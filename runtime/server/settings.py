@@ -47,11 +47,15 @@ class Settings:
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys of a file, one a line. Raises a `RequestError` when there are none, and `OSError`."""
+    """The keys of a file, one a line; lines that are blank or begin with # are none.
+
+    Raises a `RequestError` when there are no keys, and `OSError`.
+    """
     try:
-        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not text in UTF-8. Write a key a line.") from error
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise RequestError(f"There is no key in {path}. Write one a line, or do without a key file.")
     if not all(key.isascii() for key in keys):

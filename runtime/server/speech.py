@@ -69,6 +69,15 @@ class VoiceId(Strict):
     id: str
 
 
+def _voice(value: object) -> object:
+    """A voice by its name or id; whatever else is one error, and not one for each way to name it."""
+    if isinstance(value, dict):
+        return VoiceId.model_validate(value)
+    if not isinstance(value, (str, VoiceId)):
+        raise PydanticCustomError("voice", "Input should be the name of a voice")
+    return value
+
+
 class ContextTurn(Strict):
     """A turn of the conversation so far."""
 
@@ -82,7 +91,7 @@ class SpeechBody(Strict):
 
     input: Text = Field(min_length=1, json_schema_extra={"pattern": r"\S"})
     model: str = ""
-    voice: str | VoiceId = "alloy"
+    voice: Annotated[str | VoiceId, BeforeValidator(_voice)] = "alloy"
     instructions: str | None = Field(None, description="Ignored: the model takes no instructions.")
     response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = "mp3"
     speed: Number = Field(1.0, description="Only 1.0.", json_schema_extra={"minimum": 1, "maximum": 1})

@@ -122,13 +122,7 @@ class Registry:
         target = self._settings.aliases.get(name, name)
         if isinstance(target, int):
             return None, target
-        check_name(target)
-        place = owner
-        record = self._record(owner, target)
-        if record is None:
-            place, record = PUBLIC, self._record(PUBLIC, target)
-        if record is None:
-            raise _unknown(name)
+        place, record = self._found(owner, name, target)
         key = (place, target, record.sha256)
         with self._lock:
             reading = self._reading.setdefault(key, threading.Lock())
@@ -146,6 +140,21 @@ class Registry:
             while len(self._read) > self._settings.limits.cached_voices:
                 self._read.popitem(last=False)
         return voice, 0
+
+    def check(self, owner: str, name: str) -> None:
+        """Raise a `Problem` when there is no such voice, or not any more."""
+        target = self._settings.aliases.get(name, name)
+        if isinstance(target, str):
+            self._found(owner, name, target)
+
+    def _found(self, owner: str, name: str, target: str) -> tuple[str, VoiceRecord]:
+        """The place and the record of the voice that a name stands for."""
+        check_name(target)
+        for place in (owner, PUBLIC):
+            record = self._record(place, target)
+            if record is not None:
+                return place, record
+        raise _unknown(name) if name == target else _unknown_target(name, target)
 
     def _place(self, owner: str) -> Path:
         assert self._folder is not None
@@ -173,3 +182,8 @@ def _listed(record: VoiceRecord, *, is_public: bool) -> ListedVoice:
 def _unknown(name: str) -> Problem:
     shown = name if NAME.fullmatch(name) else "of that name"
     return Problem(404, f"There is no voice {shown}. GET /v1/audio/voices lists them.", "voice_not_found", "voice")
+
+
+def _unknown_target(name: str, target: str) -> Problem:
+    message = f"{name} stands for the voice {target}, and there is none of that name. GET /v1/audio/voices lists them."
+    return Problem(404, message, "voice_not_found", "voice")

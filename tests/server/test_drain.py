@@ -31,7 +31,7 @@ KEY = "a-key-for-the-test"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("process")
     write_random(folder / "model", "small", seed=0, dtype="float32")
-    (folder / "keys").write_text(f"\n{KEY}\nanother\n")
+    (folder / "keys").write_text(f"# keys of the app\n\n{KEY}\nanother\n")
     return folder
 
 
@@ -76,6 +76,8 @@ def test_it_drains(folder: Path) -> None:
     """The speech that runs is finished, sentence by sentence, while new ones are sent away; then it exits with 0."""
     with process(folder) as (running, client):
         assert client.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+        comment = {"authorization": "Bearer # keys of the app"}
+        assert client.get("/v1/models", headers=comment).status_code == 401
         body = asked(input="One. Two.", max_seconds=6)  # the second sentence begins after the signal
         whole = client.post("/v1/audio/speech", json=body)
         assert len(whole.content) == 2 * 75 * 1920
@@ -146,21 +148,35 @@ def test_sockets_do_not_hold_it(folder: Path) -> None:
         assert "Traceback" not in running.stderr.read()  # type: ignore[union-attr]
 
 
-def test_the_second_signal_ends_it(folder: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_ends_it_at_once(folder: Path, number: signal.Signals) -> None:
+    """The second SIGTERM, or Ctrl-C: what runs is cut, which is no fault to write a traceback of."""
     body = asked(input=LONG * 2, max_seconds=30)
+    headers = {"authorization": f"Bearer {KEY}"}
     with process(folder) as (running, client), client.stream("POST", "/v1/audio/speech", json=body) as answer:
         parts = answer.iter_raw()
         next(parts)
-        running.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        assert running.poll() is None
-        running.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        running.wait(10)
-        assert time.monotonic() - began < 5
-        with pytest.raises(httpx.TransportError):
-            for _ in parts:
-                pass
+        address = f"ws://127.0.0.1:{client.base_url.port}/v1/audio/speech/stream"
+        with connect(address, additional_headers=headers) as listening:
+            listening.send(json.dumps({"type": "session.config", "max_seconds": 3}))
+            assert json.loads(listening.recv(timeout=20))["type"] == "session.configured"
+            if number == signal.SIGTERM:
+                running.send_signal(number)
+                time.sleep(0.3)
+                assert running.poll() is None
+            running.send_signal(number)
+            began = time.monotonic()
+            assert running.wait(10) == 0
+            assert time.monotonic() - began < 5
+            with pytest.raises(httpx.TransportError):
+                for _ in parts:
+                    pass
+        assert running.stderr is not None
+        lines = running.stderr.read().splitlines()
+    assert not [line for line in lines if "Traceback" in line or "Exception" in line]
+    (line,) = [json.loads(line) for line in lines if '"POST"' in line]
+    assert (line["path"], line["status"], line["outcome"]) == ("/v1/audio/speech", 200, "client_gone")
+    (line,) = [json.loads(line) for line in lines if '"/v1/audio/speech/stream"' in line]
 
 
 def test_the_limit_of_draining(folder: Path) -> None:
@@ -172,7 +188,7 @@ def test_the_limit_of_draining(folder: Path) -> None:
 
 
 def test_a_key_file_without_keys(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "empty").write_text("\n \n# none yet\n")
     command = [
         sys.executable,
         "-m",

@@ -22,10 +22,11 @@ from websockets.sync.client import connect
 
 import aloud.server
 from aloud import Engine
+from aloud.errors import RequestError
 from aloud.server import gate
 from aloud.server.app import create_app
 from aloud.server.serve import own_names
-from aloud.server.settings import Limits, Settings
+from aloud.server.settings import Limits, Settings, read_keys
 from server.running import LONG, TEXT, Lines, Running, asked, assert_problem, is_idle, serving, wait_until
 
 KEYS = ("key-of-one-" + secrets.token_hex(8), "key-of-two-" + secrets.token_hex(8))
@@ -160,6 +161,16 @@ def test_an_empty_key_opens_nothing(engine: Engine) -> None:
     with serving(engine, Settings(model="small", keys=("",))) as running, running.client() as client:
         for headers in ({}, {"authorization": "Basic Og=="}, {"authorization": "Bearer"}):
             assert_problem(client.get("/v1/models", headers=headers), 401)
+
+
+def test_the_keys_of_a_file(tmp_path: Path) -> None:
+    """Neither blank lines nor comments, whose letters nobody minds, are keys."""
+    file = tmp_path / "keys"
+    file.write_text("# keys of the café\n\none\n  # two\n\t three#3 \n#four\n", encoding="utf-8")
+    assert read_keys(file) == ("one", "three#3")
+    file.write_text("# one\n \n", encoding="utf-8")
+    with pytest.raises(RequestError, match="There is no key"):
+        read_keys(file)
 
 
 def test_keys_are_compared_in_constant_time(locked: Running, monkeypatch: pytest.MonkeyPatch) -> None:

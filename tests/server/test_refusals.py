@@ -116,8 +116,45 @@ def test_a_wrong_content_type(server: Running) -> None:
     with server.client() as client:
         assert_problem(client.post("/v1/audio/speech", data={"input": "Hello."}), 400)
         assert_problem(client.post("/v1/audio/speech", files={"input": b"Hello."}), 400)
-        plain = {"content-type": "text/plain"}
-        assert_problem(client.post("/v1/audio/speech", content=json.dumps(asked()), headers=plain), 400)
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "text/json; charset=utf-8"):
+            headers = {"content-type": kind}
+            answer = client.post("/v1/audio/speech", content=json.dumps(asked()), headers=headers)
+            said = assert_problem(answer, 400, "invalid_content_type")
+            assert said == "The body is JSON: send it with content-type: application/json."
+            assert answer.json()["error"]["param"] is None
+        bare = client.post("/v1/audio/speech", content=json.dumps(asked()))
+        if bare.status_code != 200:  # FastAPI before 0.132 takes it for JSON
+            assert assert_problem(bare, 400, "invalid_content_type") == said
+
+
+@pytest.mark.parametrize(("content", "position"), [(b'{"input": "a" "b"}', 14), (b"{", 1), (b"Hello.", 0)])
+def test_what_is_not_json_is_told_where(server: Running, content: bytes, position: int) -> None:
+    with server.client() as client:
+        headers = {"content-type": "application/json"}
+        answer = client.post("/v1/audio/speech", content=content, headers=headers)
+    said = assert_problem(answer, 400, "invalid_json")
+    assert said == f"The body is not JSON: it cannot be read on from position {position}."
+    assert answer.json()["error"]["param"] is None
+
+
+@pytest.mark.parametrize(
+    ("voice", "parameter"),
+    [
+        (7, "voice"),
+        ([], "voice"),
+        (True, "voice"),
+        ({}, "voice.id"),
+        ({"id": 7}, "voice.id"),
+        ({"id": "a", "b": 1}, "voice.b"),
+    ],
+    ids=str,
+)
+def test_a_voice_that_is_none(server: Running, voice: object, parameter: str) -> None:
+    """It is named as the client knows it."""
+    answer = server.speech(voice=voice)
+    said = assert_problem(answer, 400, "invalid_request")
+    assert answer.json()["error"]["param"] == parameter
+    assert said.startswith(f"{parameter}: ")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,21 @@ def test_a_voice_cannot_change(server: Running) -> None:
         assert say(client, "voice", voice="echo").status_code == 200
 
 
+def test_a_voice_that_was_deleted_is_not_there(server: Running, seed: int) -> None:
+    """Also for a session that was begun with it, which still has what it was told of it."""
+    with server.client() as client:
+        form = {"name": "eve", "consent": "I agree.", "text": "Hello."}
+        sample = {"audio_sample": ("s.wav", wav(speech_like(0.5, seed)), "audio/wav")}
+        assert client.post("/v1/audio/voices", data=form, files=sample).status_code == 201
+        assert say(client, "eves", voice="eve").status_code == 200
+        assert say(client, "eves", voice="eve").status_code == 200
+        assert client.delete("/v1/audio/voices/eve").status_code == 200
+        assert_problem(server.speech(voice="eve"), 404, "voice_not_found")
+        assert_problem(say(client, "eves", voice="eve"), 404, "voice_not_found")
+        assert_problem(say(client, "eves", voice="nova"), 409, "voice_differs")
+        assert client.delete("/v1/sessions/eves").status_code == 204
+
+
 def test_one_thing_at_a_time(server: Running) -> None:
     with server.client() as client, server.client() as other:
         body = asked(session_id="busy", input=LONG, max_seconds=20)

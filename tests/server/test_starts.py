@@ -51,6 +51,7 @@ def test_ctrl_c_ends_it(model: str, tmp_path: Path) -> None:
     finally:
         running.kill()
         running.wait()
+    assert "(Ctrl-C ends it at once; SIGTERM lets what runs finish)" in printed.read_text()
     assert "Traceback" not in printed.read_text()
 
 

@@ -101,12 +101,15 @@ def test_a_voice_whose_record_cannot_be_read_is_not_lost(kept: Running, folder: 
 def test_an_alias_is_another_name_of_a_voice(engine: Engine, folder: Path, seed: int) -> None:
     settings = Settings(model="small", voices=folder, aliases={"alloy": "mine", "nova": 3, "echo": "nobody"})
     with serving(engine, settings) as running, running.client() as client:
-        assert_problem(say(client, "alloy"), 404, "voice_not_found")
+        said = assert_problem(say(client, "alloy"), 404, "voice_not_found")
+        assert said.startswith("alloy stands for the voice mine, and there is none of that name.")
+        assert assert_problem(say(client, "alloy", session_id="aliased"), 404, "voice_not_found") == said
         add(client, "mine", wav(speech_like(0.5, seed)))
         assert say(client, "alloy").content == say(client, "mine").content
         assert say(client, "nova").content == engine_says(engine, speaker=3)
         assert_problem(say(client, "echo"), 404, "voice_not_found")
-        assert_problem(say(client, "ash"), 404, "voice_not_found")
+        said = assert_problem(say(client, "ash"), 404, "voice_not_found")
+        assert said.startswith("There is no voice ash.")
 
 
 def engine_says(engine: Engine, speaker: int) -> bytes:
