@@ -47,7 +47,11 @@ def report(model: Path, dtypes: list[str]) -> int:
     print(f"{'dtype':<10} {'weights':>10} {'RssAnon before':>15} {'peak':>10} {'peak/weights':>13} {'seconds':>8}")
     for dtype in dtypes:
         command = [sys.executable, __file__, str(model), dtype]
-        result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
+            print(process.stderr, end="", file=sys.stderr)
+            return 1
+        result = json.loads(process.stdout.splitlines()[-1])
         results.append(result)
         print(
             f"{dtype:<10} {result['weight_bytes'] / 1e9:>7.3f} GB {result['anonymous_before_bytes'] / 1e9:>12.3f} GB "
@@ -78,10 +82,12 @@ def measure(model: str, dtype: str) -> dict[str, float | int | str]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    runtime = Runtime.load(model, device="cpu", dtype=dtype)
+    try:
+        runtime = Runtime.load(model, device="cpu", dtype=dtype)
+    finally:
+        done.set()
+        watcher.join()
     seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
     peak = max(peak, anonymous_bytes())
     weights = weight_bytes(runtime.config, runtime.dtype)
     return {
@@ -103,4 +109,9 @@ def anonymous_bytes() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], sys.argv[2])))
+    from aloud.errors import AloudError
+
+    try:
+        print(json.dumps(measure(sys.argv[1], sys.argv[2])))
+    except AloudError as error:
+        sys.exit(str(error))

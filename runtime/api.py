@@ -19,7 +19,7 @@ from aloud.engine.loop import Loop
 from aloud.engine.slots import allocate_slots
 from aloud.engine.steps import EagerSteps
 from aloud.engine.stream import Job, Prefix
-from aloud.errors import CodesInvalid, DeviceInvalid, EngineClosed, OutOfMemory, RequestError
+from aloud.errors import CodesInvalid, DeviceInvalid, EngineClosed, ModelNotFound, OutOfMemory, RequestError
 from aloud.models.csm import Csm, CsmConfig, CsmState
 from aloud.models.csm_score import score
 from aloud.prepare import encode, prepare, read_segments
@@ -119,6 +119,11 @@ class Runtime:
 
         Raises the errors of `aloud.errors` for whatever is wrong with the name, the files or the device.
         """
+        if not isinstance(model, (str, os.PathLike)):
+            raise ModelNotFound(
+                f"A model is a name on the hub, as a string, or a local folder, got {type(model).__name__}. "
+                'Give for instance "sesame/csm-1b".'
+            )
         chosen_device = _choose_device(device)
         chosen_dtype = _choose_dtype(dtype, chosen_device)
         progress("files")

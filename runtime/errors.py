@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class AloudError(Exception):
-    """Base of all errors that Aloud raises on purpose."""
+    """Base of all errors that Aloud raises on purpose; each can be pickled, and so leave a process of a pool."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without `__init__`, whose arguments are not always the message alone."""
+        return _remade, (type(self), self.args), self.__dict__ or None
+
+
+def _remade(kind: type[AloudError], arguments: tuple[Any, ...]) -> AloudError:
+    """An error with the arguments that `Exception` keeps of it."""
+    return kind.__new__(kind, *arguments)
 
 
 # --- finding a checkpoint ---------------------------------------------------------------------------------------------

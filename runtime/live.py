@@ -83,6 +83,7 @@ class Engine:
             raise RequestError(f"stuck_after_seconds must be above 0 and at most 86,400, got {stuck_after_seconds!r}.")
         if session_bytes is not None and (not is_whole(session_bytes) or session_bytes < 0):
             raise RequestError(f"session_bytes must be a whole number, 0 or more, got {session_bytes!r}.")
+        runtime.loop.check_here()
         if runtime.loop.is_run:
             raise RequestError("The runtime has an engine already. Use that one, or close it first.")
         runtime.warm()
@@ -250,6 +251,7 @@ class Engine:
 
     def check_health(self) -> None:
         """Raise what keeps the engine from working: `EngineClosed`, or `DeviceStuck`."""
+        self.loop.check_here()
         if self._stop.is_set() or not self._thread.is_alive():
             raise EngineClosed("The engine is closed. Make a new one.")
         self.loop.check_stuck()
@@ -262,6 +264,9 @@ class Engine:
 
     def drain_sync(self, limit_seconds: float | None = None) -> bool:
         """As `drain`; blocks."""
+        if limit_seconds is not None and not (is_number(limit_seconds) and limit_seconds >= 0):
+            raise RequestError(f"limit_seconds must be a number of seconds, 0 or more, got {limit_seconds!r}.")
+        self.loop.check_here()
         self._is_draining = True
         end = None if limit_seconds is None else time.monotonic() + limit_seconds
         while self._is_speaking() or not self.loop.is_idle:
@@ -300,14 +305,19 @@ class Engine:
             self.loop.run(self._stop)
         finally:
             self._stop.set()
-            with suppress(DeviceStuck):  # as those who wait are told
-                self.loop.cancel_all()
-            self.loop.stop_listening(self._after_step)
-            self._after_step()
-            with self._lock:
-                speeches = list(self._speeches)
-            for speech in speeches:
-                speech.engine_closed()
+            if not self.loop.is_gone:  # else the process ends, and with it those who wait
+                self._tell_closed()
+
+    def _tell_closed(self) -> None:
+        """End what runs, from the thread that drove it."""
+        with suppress(DeviceStuck):  # as those who wait are told
+            self.loop.cancel_all()
+        self.loop.stop_listening(self._after_step)
+        self._after_step()
+        with self._lock:
+            speeches = list(self._speeches)
+        for speech in speeches:
+            speech.engine_closed()
 
     # --- for sessions -------------------------------------------------------------------------------------------------
 
@@ -318,6 +328,7 @@ class Engine:
 
     async def in_background(self, work: Callable[[], Result]) -> Result:
         """Do what blocks, to encode audio, in a thread; a few at once, so that frames keep their time."""
+        self.loop.check_here()
         try:
             doing = asyncio.get_running_loop().run_in_executor(self._background, work)
         except RuntimeError as error:  # it has been shut down
@@ -412,6 +423,7 @@ class Engine:
         return any(speech.is_running for speech in speeches)
 
     def _check_open(self, is_taken: bool = False) -> None:
+        self.loop.check_here()
         if self._stop.is_set():
             raise EngineClosed("The engine is closed. Make a new one.")
         if self._is_draining and not is_taken:
@@ -419,6 +431,7 @@ class Engine:
 
     def _arrivals_here(self) -> Arrivals:
         """Of the event loop that runs in this thread."""
+        self.loop.check_here()
         event_loop = asyncio.get_running_loop()
         with self._lock:
             if event_loop not in self._arrivals:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from aloud.audio import Audio
 from aloud.conversation import Conversation
 from aloud.engine.stream import Job, Stream
-from aloud.errors import EngineClosed, SessionBusy
+from aloud.errors import EngineClosed, RequestError, SessionBusy
 from aloud.live_speech import LiveSpeech, Text
 from aloud.prepare import check_prompt, check_text, read_turns
 from aloud.request import AudioSource, Guards, Prompt, Request, Sampling, Segment
@@ -73,9 +73,13 @@ class Session:
     def restore(self, turns: Sequence[Prompt]) -> None:
         """Add turns of another session; they are read when the next turn begins.
 
-        Raises a `RequestError` for tokens that the model does not have.
+        Raises a `RequestError` for what is no turn, and for tokens that the model does not have.
         """
+        if not isinstance(turns, Sequence):
+            raise RequestError(f"Turns are a list of those that `Session.turns` gave, got {type(turns).__name__}.")
         for turn in turns:
+            if not isinstance(turn, Prompt):
+                raise RequestError(f"Turns are a list of those that `Session.turns` gave, got {type(turn).__name__}.")
             check_prompt(self._engine.runtime.config, turn)
         with self._busy():
             for turn in turns:

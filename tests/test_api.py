@@ -526,3 +526,9 @@ def test_another_fault_is_not_called_memory(runtime: Runtime, monkeypatch: pytes
         with pytest.raises(errors.StepFailed, match="size of tensor a"):
             runtime.speak("Hello.", max_seconds=0.08)
     runtime.speak("Hello.", max_seconds=0.08)
+
+
+@pytest.mark.parametrize("model", [None, 5, b"folder", ["folder"]], ids=repr)
+def test_a_model_is_a_name_or_a_folder(model: Any) -> None:
+    with pytest.raises(errors.ModelNotFound, match=rf"^A model is a name on .* got {type(model).__name__}\. Give"):
+        Runtime.load(model)

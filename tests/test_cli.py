@@ -402,6 +402,7 @@ def test_random_where_a_folder_cannot_be_is_a_sentence(tmp_path: Path, capsys: p
         ("peers --frames 1", "needs 2 frames or more"),
         ("serving --seconds 0", "rates and seconds above 0"),
         ("aot --processes 0", "needs 1 process or more"),
+        ("load --model /nowhere", "The folder '/nowhere' does not exist"),
     ],
 )
 def test_bench_refuses_what_cannot_be_measured(

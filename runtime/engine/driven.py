@@ -1,21 +1,27 @@
 """What takes steps in one thread at a time: in that of whoever waits for it, or in one that does nothing else.
 
-It knows when a step does not end, and tells those who wait for it.
+It knows when a step does not end, and tells those who wait for it. When the process ends no step runs any more, and in
+one that was forked beside a thread that took steps none ever will.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from aloud.errors import DeviceStuck
+from aloud.errors import DeviceStuck, EngineClosed
 
 logger = logging.getLogger(__name__)
 FAULT_PAUSE_SECONDS = 0.1
+LAST_STEP_SECONDS = 10.0
+"""How long the end of the process waits for steps that run."""
 
 
 class Driven(ABC):
@@ -30,6 +36,8 @@ class Driven(ABC):
         self._step_began: float | None = None  # while a step runs
         self._changed = threading.Condition()
         self._is_driven = False
+        self._gone: str | None = None  # why no step runs any more, in a sentence
+        _living.add(self)
 
     @abstractmethod
     def _step(self) -> float | None:
@@ -65,9 +73,12 @@ class Driven(ABC):
             self.is_run = False
 
     def _run(self, until: threading.Event) -> None:
-        while not until.is_set():
-            with self._drive(wait=True, unless=until.is_set) as driving:
-                while driving and not until.is_set():
+        def is_over() -> bool:
+            return until.is_set() or self.is_gone
+
+        while not is_over():
+            with self._drive(wait=True, unless=is_over) as driving:
+                while driving and not is_over():
                     try:
                         pause = self.step()
                     except Exception:  # a fault of its own: what it broke has been told, the rest goes on
@@ -75,7 +86,7 @@ class Driven(ABC):
                         pause = FAULT_PAUSE_SECONDS
                     self.wake()
                     if pause != 0.0:
-                        self.sleep(pause, until.is_set)
+                        self.sleep(pause, is_over)
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
@@ -96,13 +107,30 @@ class Driven(ABC):
         self._listeners.remove(listener)
 
     @property
+    def is_gone(self) -> bool:
+        """Whether no step runs any more, because the process ends or was forked."""
+        return self._gone is not None
+
+    def check_here(self) -> None:
+        """Raise `EngineClosed` where no step runs any more; takes no lock, as in a fork any may be held for ever.
+
+        A daemon thread does not return when the process ends: nothing of it shall be heard then.
+        """
+        if self._gone is None:
+            return
+        if self._gone == _ENDING and threading.current_thread().daemon:
+            threading.Event().wait()
+        raise EngineClosed(self._gone)
+
+    @property
     def stuck_seconds(self) -> float:
         """For how long the step that runs now has been running."""
         began = self._step_began
         return 0.0 if began is None else self._clock() - began
 
     def check_stuck(self) -> None:
-        """Raise `DeviceStuck` when a step does not end."""
+        """Raise `DeviceStuck` when a step does not end, and what `check_here` does."""
+        self.check_here()
         if self.stuck_seconds > self.stuck_after_seconds:
             raise DeviceStuck(
                 f"The device has not answered for {self.stuck_seconds:.0f} s. Restart the process; if it happens "
@@ -132,7 +160,9 @@ class Driven(ABC):
         unless: there is nothing to wait for; asked where no news can be missed.
         """
         with self._changed:
-            if self._is_driven:
+            if self.is_gone:
+                driving = False  # and `check_here` tells those who would ask again
+            elif self._is_driven:
                 if not wait:
                     self._changed.notify_all()
                 elif not unless():
@@ -148,3 +178,44 @@ class Driven(ABC):
                 with self._changed:
                     self._is_driven = False
                     self._changed.notify_all()
+
+    def _end(self, limit_seconds: float) -> None:
+        """Let no step begin, and wait for the one that runs, but no longer than that."""
+        with self._changed:
+            if self.is_gone:
+                return
+            self._gone = _ENDING
+            self._changed.notify_all()  # whoever drives may sleep
+            self._changed.wait_for(lambda: not self._is_driven, limit_seconds)
+
+    def _forked(self) -> None:
+        """In the child: what another thread was doing is never finished; what nobody was doing can go on."""
+        self._changed = threading.Condition()
+        if self._is_driven or self.is_run:
+            self._gone = _FORKED
+
+
+_ENDING = "The process ends: nothing is spoken any more. Speak before it does."
+_FORKED = (
+    "The engine was started before the process was forked, and threads do not survive that. "
+    "Load the Runtime and make the Engine after the fork."
+)
+_living: weakref.WeakSet[Driven] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    """A thread that the end of the interpreter finds inside of torch takes the process down with it (SIGABRT)."""
+    end = time.monotonic() + LAST_STEP_SECONDS
+    for driven in list(_living):
+        driven._end(max(0.0, end - time.monotonic()))
+
+
+def _all_forked() -> None:
+    for driven in list(_living):
+        driven._forked()
+
+
+# Runs after threads that are no daemons have been joined, and before those that are get killed.
+atexit.register(_end_all)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_all_forked)

@@ -26,7 +26,11 @@ class Loop(Admission):
     # --- from any thread ----------------------------------------------------------------------------------------------
 
     def submit(self, job: Job, *, is_refusable: bool = False) -> Stream:
-        """Let a job begin as soon as there is room for it; see `Stream` for one that is refusable."""
+        """Let a job begin as soon as there is room for it; see `Stream` for one that is refusable.
+
+        Raises `EngineClosed` where the process was forked meanwhile, or ends.
+        """
+        self.check_here()
         stream = Stream(job, is_refusable=is_refusable)
         self._inbox.append(stream)
         self.wake()

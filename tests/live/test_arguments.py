@@ -126,3 +126,22 @@ def test_an_engine_that_cannot_be(given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(errors.RequestError, match=sentence):
         Engine(quick_runtime(QuickSteps(1), 1), **given)
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("wrong", ["a", -1, float("nan"), True, []], ids=repr)
+def test_a_limit_of_draining_that_cannot_be(engine: Engine, wrong: Any) -> None:
+    for drain in (lambda: run(engine.drain(wrong)), lambda: engine.drain_sync(wrong)):
+        with pytest.raises(errors.RequestError, match=r"^limit_seconds must be a number of seconds, 0 or more, got "):
+            drain()
+    assert not engine.is_draining
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"), [(["x"], "str"), ([None], "NoneType"), (None, "NoneType"), (5, "int")], ids=str
+)
+def test_turns_that_cannot_be_restored(engine: Engine, wrong: Any, kind: str) -> None:
+    session = engine.session()
+    sentence = rf"^Turns are a list of those that `Session\.turns` gave, got {kind}\.$"
+    with pytest.raises(errors.RequestError, match=sentence):
+        session.restore(wrong)
+    assert not session.turns
