@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -57,14 +56,3 @@ def test_fields_come_through() -> None:
     mismatch = pickle.loads(pickle.dumps(made(errors.TensorsMismatch)))
     assert mismatch.missing == ("a.weight", "b.weight")
     assert str(mismatch).count("do not fit its config.json") == 1
-
-
-def refuse(_: int) -> None:
-    raise made(errors.Overloaded)
-
-
-def test_an_error_reaches_the_parent_of_a_pool() -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        with pytest.raises(errors.Overloaded, match=r"^All slots are taken\.$") as caught:
-            pool.map_async(refuse, [0]).get(60)
-        assert caught.value.retry_after_seconds == 1.5

@@ -70,6 +70,7 @@ PROGRAMS = {
         SPEAKING
         + """
 import asyncio, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 async def main():
     async for chunk in engine.stream(LONG, pace="full"):
         leave()
