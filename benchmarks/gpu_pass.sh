@@ -3,8 +3,9 @@
 #
 # Logs, reports (JSON) and plots go to FOLDER; a stage whose STAGE.done is there is not run again, so a pass that was cut
 # short goes on where it stopped; naming stages runs only those, for a pass in several calls. Stages, in their order:
-# compile mechanics operations graphs kernels weights frame host serving peers models. Full-size random weights, 3.6 GB, go to
-# WEIGHTS (default: aloud-weights in the system's temporary folder), outside FOLDER; a stage that needs them makes them.
+# compile mechanics operations graphs kernels weights frame host serving peers models. Full-size random weights, 3.6 GB,
+# go to WEIGHTS (default: aloud-weights in the system's temporary folder), outside FOLDER; a stage that needs them makes
+# them. A stage has LIMIT seconds (default: 240; peers wants 540).
 # The machine needs Python with torch, triton, pybind11, pytest and transformers, and a C++ compiler; for `aloud serve`
 # in the stage serving, the extra `server`, too. Nothing is downloaded. --small rehearses it on a machine without a GPU.
 # The figures that decide are printed last.
@@ -66,7 +67,7 @@ operations() { tests -n 8 --dist load -m gpu tests/gpu/test_operations.py; }
 graphs() { if [ -n "$small" ]; then tests -n 0 tests/gpu/test_graphs.py; else tests -n 0 -m gpu tests/gpu/test_graphs.py; fi; }
 models() { tests -n 0 -m gpu tests/gpu/test_csm.py; }
 kernels() {
-    local given=(--compile-rows 1)
+    local given=()
     [ -z "$small" ] || given=(--small --dtype "$dtype" --rows 1 3 16 --repeats 2 --compile-rows)
     bench kernels "${given[@]}" || return
     tail -n 1 "$folder/kernels.log" >"$folder/kernels.json"
@@ -88,7 +89,7 @@ model() { # a suite on the weights
     suite "$1" --model "$weights" --dtype "$dtype" --plot "$folder/$1.png" "${@:2}"
 }
 frame() {
-    local given=(--seconds 3 --frames-without-allocation 3000)
+    local given=(--seconds 3)
     [ -z "$small" ] || given=(--seconds 1 --rows 1 2 --repeats 2 --context 100)
     model frame "${given[@]}"
 }
@@ -99,7 +100,7 @@ serving() {
     model serving "${given[@]}"
 }
 peers() {
-    local given=(--rows 1 16 --frames 12 --repeats 3)
+    local given=(--rows 1 16)
     [ -z "$small" ] || given=(--rows 1 2 --frames 4 --repeats 1 --no-compile)
     model peers "${given[@]}"
 }

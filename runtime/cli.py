@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help="a key a line, # begins a comment's; without it, everybody who reaches it may ask",
+        help="a key a line, comments behind # on lines of their own; without it, everybody who reaches it may ask",
     )
     serve.add_argument("--voices", type=Path, metavar="DIR", help="where voices are kept (default: until it stops)")
     serve.add_argument(

@@ -14,8 +14,8 @@ def unfilled_on_a_gpu() -> Iterator[None]:
     if not torch.cuda.is_available():
         yield
         return
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        torch.use_deterministic_algorithms(False)
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        yield
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
