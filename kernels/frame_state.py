@@ -72,8 +72,9 @@ def end_frame_reference(
     slots: torch.Tensor,
 ) -> None:
     """The definition of `end_frame`."""
-    step = (slots < len(position) - 1).long()
-    next_input[slots] = embed_frame_reference(codes, table, vocabulary)
+    live = slots < len(position) - 1
+    next_input[slots] = torch.where(live[:, None], embed_frame_reference(codes, table, vocabulary), next_input[slots])
+    step = live.long()
     position[slots] = position[slots] + step
     frame[slots] = frame[slots] + step
 
@@ -168,6 +169,7 @@ def end_frame_kernel(
         gdc_launch_dependents()
         gdc_wait()
     slot = tl.load(slots_ptr + row)
+    live = slot < streams
     total = sum_embeddings(
         codes_ptr + row * stride_codes_row,
         table_ptr,
@@ -179,10 +181,12 @@ def end_frame_kernel(
         inside,
         CODEBOOKS,
     )
-    tl.store(next_input_ptr + slot * stride_input_slot + column, total.to(next_input_ptr.dtype.element_ty), mask=inside)
-    if (tl.program_id(1) == 0) & (slot < streams):
-        tl.store(position_ptr + slot, tl.load(position_ptr + slot) + 1)
-        tl.store(frame_ptr + slot, tl.load(frame_ptr + slot) + 1)
+    next_input = total.to(next_input_ptr.dtype.element_ty)
+    tl.store(next_input_ptr + slot * stride_input_slot + column, next_input, mask=inside & live)
+    if (tl.program_id(1) == 0) & live:
+        # A load is every thread's and a store one's, which might come first; this is one thread's alone.
+        tl.atomic_add(position_ptr + slot, 1, sem="relaxed")
+        tl.atomic_add(frame_ptr + slot, 1, sem="relaxed")
 
 
 # --- plans and entries ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,12 +16,20 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 # Without it, cuBLAS refuses to run under deterministic algorithms, which are asked for below.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
-    # Triton reads this when a kernel is defined, so it is set before any is imported: kernels run in its interpreter.
-    os.environ["TRITON_INTERPRET"] = "1"
+    # Triton reads this when a kernel is defined, so it is set before any is imported: kernels run in its interpreter,
+    # or, where somebody has set it to 0, what they compile to runs in tests/ptx_machine.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+MACHINE = os.environ.get("TRITON_INTERPRET") == "0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="seed of the random inputs (default: fresh each run)")
+    parser.addoption(
+        "--compute-capability",
+        type=int,
+        default=90,
+        help="what kernels are compiled for under TRITON_INTERPRET=0 (default: 90)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,7 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if item.get_closest_marker("gpu") is not None:  # not the keyword, which the folder's name is too
+        on_machine = MACHINE and item.get_closest_marker("machine") is not None
+        # Markers, not keywords, which folders' names are too.
+        if item.get_closest_marker("gpu") is not None and not on_machine:
             item.add_marker(skip)
 
 
@@ -65,6 +76,21 @@ def seed(request: pytest.FixtureRequest) -> int:
 def generator(seed: int) -> torch.Generator:
     """A torch generator on the CPU, seeded with `seed`."""
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def chain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the machine in tests/ptx_machine has run: every launch, where neither a GPU nor the interpreter does."""
+    from ptx_machine import launches
+
+    from aloud.kernels.launch import Launch
+
+    chain = launches.Chain()
+    if MACHINE:
+        capability = request.config.getoption("--compute-capability")
+        generator = np.random.default_rng(request.config.getoption("--seed"))
+        monkeypatch.setattr(Launch, "run", lambda launch: chain.add(launches.run(launch, capability, generator)))
+    return chain
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,13 @@
-"""Every operation on the device against its reference on the CPU, and the draws against the C++ sampler."""
+"""Every operation on the device against its reference, and the draws against the C++ sampler.
+
+Under TRITON_INTERPRET=0, without a device, the machine of tests/ptx_machine runs what the operations compile to; a
+library's products are left out. All of it takes the machine an hour or two.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from aloud.kernels.attention import attention_output, attention_output_reference
 from aloud.kernels.codebook_head import codebook_head, codebook_head_reference
 from aloud.kernels.draw import draw
 from aloud.kernels.embedding import embed_code, embed_code_reference, embed_prompt, embed_prompt_reference
+from aloud.kernels.launch import capability
 from aloud.kernels.linear import (
     linear_residual,
     linear_residual_reference,
@@ -26,6 +32,8 @@ from aloud.kernels.rms_norm import rms_norm, rms_norm_reference
 from aloud.kernels.rope import Llama3Scaling, Rope, rope_table
 
 pytestmark = pytest.mark.gpu
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 
 EPS = 1e-5
 ROWS = (1, 2, 3, 7, 15, 16, 17, 64, 65, 200)
@@ -47,6 +55,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(params=ROWS, ids=lambda rows: f"rows-{rows}")
 def rows(request: pytest.FixtureRequest) -> int:
     value: int = request.param
+    if value > MAX_ROWS and not ON_GPU:
+        pytest.skip("a library's on a GPU")
     return value
 
 
@@ -55,21 +65,35 @@ def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
     return SHAPES[request.param]
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, chain: Any) -> Iterator[None]:
+    """Without a GPU, the entries take the way that they take on one; what they launch, the machine runs."""
+    if ON_GPU:
+        yield
+        return
+    version = request.config.getoption("--compute-capability")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(version, 10))
+    capability.cache_clear()
+    yield
+    capability.cache_clear()
+
+
 def assert_same(
     on_device: Callable[..., Tensor], reference: Callable[..., Tensor], *arguments: Tensor | float, dtype: torch.dtype
 ) -> None:
     """Within 1e-5 of the largest value in float32, else within twice what the reference is off in that dtype."""
 
-    def to(argument: Tensor | float, device: str, wide: bool = False) -> Tensor | float:
+    def to_device(argument: Tensor | float, wide: bool = False) -> Tensor | float:
         if not isinstance(argument, Tensor):
             return argument
         # Computed in that dtype on the device: the CPU may not have fast products of it.
-        moved = argument.to(device, copy=True)
+        moved = argument.to(DEVICE, copy=True)
         return moved.float() if wide and moved.is_floating_point() else moved
 
-    exact = reference(*(to(a, "cuda", wide=True) for a in arguments)).double()
-    ours = on_device(*(to(a, "cuda") for a in arguments)).double()
-    same_dtype = reference(*(to(a, "cuda") for a in arguments)).double()
+    exact = reference(*(to_device(a, wide=True) for a in arguments)).double()
+    ours = on_device(*map(to_device, arguments)).double()
+    same_dtype = reference(*map(to_device, arguments)).double()
     assert ours.shape == exact.shape
     allowed = 2 * float((same_dtype - exact).abs().max()) + 1e-5 * float(exact.abs().max())
     assert float((ours - exact).abs().max()) <= allowed
@@ -89,6 +113,7 @@ def exact_products() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.machine
 def test_products_and_norms(rows: int, shape: tuple[int, ...], dtype: torch.dtype, new: Callable[..., Tensor]) -> None:
     hidden, width, *_ = shape
     x, gain, wide = new(rows, hidden), 1 + new(hidden, scale=0.1), new(rows, width)
@@ -105,6 +130,7 @@ def test_products_and_norms(rows: int, shape: tuple[int, ...], dtype: torch.dtyp
         assert float((logits - exact).abs().max()) <= 1e-5 * float(exact.abs().max())
 
 
+@pytest.mark.machine
 def test_qkv_rope_and_attention(
     rows: int, shape: tuple[int, ...], dtype: torch.dtype, new: Callable[..., Tensor], generator: torch.Generator
 ) -> None:
@@ -137,6 +163,7 @@ def test_qkv_rope_and_attention(
     assert_same(attention_output, attention_output_reference, *arguments, dtype=dtype)
 
 
+@pytest.mark.machine
 def test_embeddings(rows: int, dtype: torch.dtype, new: Callable[..., Tensor], generator: torch.Generator) -> None:
     table, text_table = new(32 * 67, 300), new(40, 300)
     codes = torch.randint(-1, 67, (rows, 32), generator=generator)
@@ -167,15 +194,16 @@ def test_draws_are_those_of_the_cpp_sampler(generator: torch.Generator) -> None:
     assert different <= 5
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 16, 64, 80])
+@pytest.mark.machine
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 64, 80], indirect=True)
 def test_next_code_is_its_parts(
     rows: int, dtype: torch.dtype, new: Callable[..., Tensor], generator: torch.Generator
 ) -> None:
     """Fused or not, the token is that of the head's logits; and scratch memory serves call after call."""
-    x, gain, heads = new(rows, 1024).cuda(), new(1024).cuda(), new(3, 2051, 1024, scale=1 / 32).cuda()
-    table = new(4 * 2051, 1024).cuda()
+    x, gain, heads = new(rows, 1024), new(1024), new(3, 2051, 1024, scale=1 / 32)
+    x, gain, heads, table = (tensor.to(DEVICE) for tensor in (x, gain, heads, new(4 * 2051, 1024)))
     scratch = allocate_scratch(2048, x.device)
-    given = parameters(rows, generator, "cuda")
+    given = parameters(rows, generator, DEVICE)
     for codebook in (1, 2, 3):
         tokens, embedded = next_code(
             x, gain, EPS, heads, codebook - 1, drawable=2048, codebook=codebook, table=table, vocabulary=2051,

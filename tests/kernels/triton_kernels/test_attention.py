@@ -11,7 +11,6 @@ import torch
 from aloud.kernels import attention
 from aloud.kernels.attention import FUSED_ROWS, SPLIT, attention_output_reference, plan_attention_output
 from aloud.kernels.decode_attention import decode_attention_reference, plan_decode_attention
-from aloud.kernels.launch import capability
 from aloud.kernels.product import MATRIX_ROWS
 
 NAN = float("nan")
@@ -56,11 +55,10 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def attend(device: torch.device) -> Callable[..., torch.Tensor]:
+def attend(device: torch.device, version: int) -> Callable[..., torch.Tensor]:
     """A function: run the launches behind `attention_output`."""
 
     def attend(*arguments: torch.Tensor) -> torch.Tensor:
-        version = capability(device) if device.type == "cuda" else 80
         launches = plan_attention_output(*(argument.to(device) for argument in arguments), capability=version)
         for launch in launches:
             launch.run()
@@ -207,7 +205,7 @@ def brute_force(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -
 @pytest.mark.parametrize("split", [None, 16], ids=["whole", "split"])
 @pytest.mark.parametrize("window", [None, 1, 7, 16, 17, 40])
 def test_window_over_a_ring(
-    window: int | None, split: int | None, device: torch.device, generator: torch.Generator
+    window: int | None, split: int | None, device: torch.device, version: int, generator: torch.Generator
 ) -> None:
     """Streams written position by position into a ring; what has left the window is NaN."""
     heads, kv_heads, head_dim, capacity = 4, 2, 8, 40
@@ -226,7 +224,6 @@ def test_window_over_a_ring(
     torch.testing.assert_close(reference.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
     moved = (argument.to(device) for argument in (query, cache, slots, positions))
-    version = capability(device) if device.type == "cuda" else 80
     launch = plan_decode_attention(*moved, window, split, capability=version)
     launch.run()
     if split is None:

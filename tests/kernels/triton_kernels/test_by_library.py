@@ -10,7 +10,6 @@ import torch
 
 from aloud.kernels import codebook_head, linear, next_code, qkv
 from aloud.kernels.draw import draw_reference
-from aloud.kernels.launch import capability
 from aloud.kernels.rms_norm import plan_rms_norm
 from aloud.kernels.rope import Rope, plan_rotate_qkv, rope_table
 from aloud.kernels.swiglu import plan_swiglu
@@ -21,13 +20,13 @@ ROWS = pytest.mark.parametrize("rows", [65])
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Counter[str]:
+def launched(monkeypatch: pytest.MonkeyPatch, version: int) -> Counter[str]:
     """How often each part has been launched; they are kernels, also where the entries would take the references."""
     counts: Counter[str] = Counter()
 
     def as_kernel(name, plan):
         def operation(*arguments):
-            launch = plan(*arguments, capability=capability(device) if device.type == "cuda" else 80)
+            launch = plan(*arguments, capability=version)
             launch.run()
             counts[name] += 1
             return launch.outputs[0]
@@ -107,7 +106,7 @@ def test_head(rows, dtype, random, device, launched):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 70])
-def test_draw_and_gather(rows, random, generator, device):
+def test_draw_and_gather(rows, random, generator, device, version):
     """From logits that somebody else has made: the reference's tokens, and their embeddings."""
     logits = random(rows, 67, dtype=torch.float32, scale=3.0)
     logits[0] = torch.nan
@@ -120,7 +119,6 @@ def test_draw_and_gather(rows, random, generator, device):
     }
     expected = draw_reference(logits, codebook=2, **given)
     moved = {name: value.to(device) for name, value in given.items()}
-    version = capability(device) if device.type == "cuda" else 80
     launch = next_code.plan_draw_embed(
         logits.to(device), codebook=2, table=table.to(device), vocabulary=67, capability=version, **moved
     )

@@ -9,7 +9,6 @@ import torch
 
 from aloud import _sampler
 from aloud.kernels.draw import draw, plan_draw
-from aloud.kernels.launch import capability
 
 NAN, INF = float("nan"), float("inf")
 
@@ -45,11 +44,17 @@ KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.fixture
-def draw_both(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """A function: tokens of the kernel and of the extension; many rows a program make the interpreter fast."""
+def draw_both(
+    device: torch.device, version: int, interpreted: bool
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """A function: tokens of the kernel and of the extension.
 
-    def draw_both(logits: torch.Tensor, given: dict, rows_per_program: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-        version = capability(device) if device.type == "cuda" else 80
+    Many rows a program make the interpreter fast, where they would keep the assembler busy for a minute.
+    """
+
+    def draw_both(
+        logits: torch.Tensor, given: dict, rows_per_program: int = 64 if interpreted else 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
         launch = plan_draw(logits.to(device), **moved, capability=version, rows_per_program=rows_per_program)
         launch.run()

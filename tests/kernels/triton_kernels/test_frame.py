@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ptx_machine.launches import Chain
 
 from aloud import Runtime, Sampling, Segment
 from aloud.kernels import attention, frame_state, linear, next_code, qkv
@@ -58,7 +59,7 @@ def prefilled(runtime: Runtime, sampling: list[Sampling]) -> tuple[CsmState, tor
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_frame_of_kernels_draws_the_references_tokens(
-    runtime: Runtime, rows: int, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, rows: int, version: int, chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     greedy = Sampling(0.0, 0, 0.0, 0)
     sampling = [greedy, Sampling(0.9, 20, 0.8, 10), replace(greedy, depth_temperature=1.0)][:rows]
@@ -70,7 +71,7 @@ def test_a_frame_of_kernels_draws_the_references_tokens(
 
     def as_kernel(name: str, plan: Callable[..., Launch | tuple[Launch, ...]]) -> Callable[..., Any]:
         def operation(*arguments: Any, **options: Any) -> Any:
-            planned = plan(*arguments, **options, capability=80)
+            planned = plan(*arguments, **options, capability=version)
             launches = planned if isinstance(planned, tuple) else (planned,)
             for launch in launches:
                 launch.run()
@@ -89,6 +90,7 @@ def test_a_frame_of_kernels_draws_the_references_tokens(
     assert torch.equal(codes, expected)
     assert (codes >= 0).all()
     assert set(launched) == set(OPERATIONS)
+    assert not chain.conflicts()
     torch.testing.assert_close(state.next_input, expected_state.next_input, rtol=1e-5, atol=1e-6)
     assert torch.equal(state.position, expected_state.position)
     assert torch.equal(state.frame, expected_state.frame)

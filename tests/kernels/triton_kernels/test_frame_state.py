@@ -15,7 +15,6 @@ from aloud.kernels.frame_state import (
     plan_begin_frame,
     plan_end_frame,
 )
-from aloud.kernels.launch import capability
 
 ROWS = pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 17, 65])
 
@@ -44,19 +43,15 @@ def moved(values: dict[str, torch.Tensor], device: torch.device) -> list[torch.T
     return [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=device).copy_(v) for v in values.values()]
 
 
-def version(device: torch.device) -> int:
-    return capability(device) if device.type == "cuda" else 80
-
-
 @ROWS
 @pytest.mark.parametrize(("codebooks", "hidden_size"), [(1, 1), (5, 72), (32, 1025)])
-def test_begin(rows, codebooks, hidden_size, dtype, state, generator, device):
+def test_begin(rows, codebooks, hidden_size, dtype, state, generator, device, version):
     """Each number of each row is its slot's, in slots out of order, some of them the same."""
     values = state(rows + 4, hidden_size, dtype)
     slots = torch.randint(rows + 4, (rows,), generator=generator)
     expected = begin_frame_reference(*values.values(), slots, codebooks)
     given = moved(values, device)
-    launch = plan_begin_frame(*given, slots.to(device), codebooks, capability=version(device))
+    launch = plan_begin_frame(*given, slots.to(device), codebooks, capability=version)
     launch.run()
     ours = FrameRows(*launch.outputs)
     for name, value in vars(expected).items():
@@ -68,7 +63,7 @@ def test_begin(rows, codebooks, hidden_size, dtype, state, generator, device):
 
 @ROWS
 @pytest.mark.parametrize(("codebooks", "hidden_size"), [(1, 1), (5, 72), (32, 130)])
-def test_end(rows, codebooks, hidden_size, dtype, state, random, generator, device, assert_as_close):
+def test_end(rows, codebooks, hidden_size, dtype, state, random, generator, device, version, assert_as_close):
     """Rows' slots have their next input and stand one further, the scratch slot stands still, others are untouched."""
     values = state(rows + 4, hidden_size, dtype)
     values = {name: values[name] for name in ("next_input", "position", "frame")}
@@ -78,7 +73,7 @@ def test_end(rows, codebooks, hidden_size, dtype, state, random, generator, devi
     codes = torch.randint(-1, 11, (codebooks, rows), generator=generator).T
     table = random(codebooks * 11, hidden_size, dtype=dtype)
     given = moved(values, device)
-    plan_end_frame(codes.to(device), table.to(device), 11, *given, slots.to(device), capability=version(device)).run()
+    plan_end_frame(codes.to(device), table.to(device), 11, *given, slots.to(device), capability=version).run()
     next_input, position, frame = (tensor.cpu() for tensor in given)
     live = slots < scratch
     wide = embed_frame_reference(codes, table.float(), 11)
@@ -88,11 +83,12 @@ def test_end(rows, codebooks, hidden_size, dtype, state, random, generator, devi
     assert torch.equal(position - values["position"], step)
     assert torch.equal(frame - values["frame"], step)
     others = step.bool().logical_not()
-    others[scratch] = False
     assert torch.equal(next_input[others], values["next_input"][others])
 
     expected = moved(values, torch.device("cpu"))
     end_frame_reference(codes, table, 11, *expected, slots)
+    assert_as_close(next_input[slots[live]], expected[0][slots[live]], wide[live])
+    assert torch.equal(expected[0][others], values["next_input"][others])
     assert torch.equal(position, expected[1])
     assert torch.equal(frame, expected[2])
 

@@ -9,7 +9,6 @@ import torch
 
 from aloud.kernels.codebook_head import codebook_head_reference
 from aloud.kernels.draw import draw_reference
-from aloud.kernels.launch import capability
 from aloud.kernels.next_code import FUSED_ROWS, NextCodeScratch, allocate_scratch, next_code, plan_next_code
 
 NAN = float("nan")
@@ -44,12 +43,6 @@ def problem(
         "table": random(3 * vocabulary, table_hidden_size, dtype=dtype),
         "vocabulary": vocabulary,
     }
-
-
-@pytest.fixture
-def version(device: torch.device) -> int:
-    """The compute capability to plan for."""
-    return capability(device) if device.type == "cuda" else 80
 
 
 @pytest.fixture

@@ -1,0 +1,174 @@
+"""Instructions that a warp's 32 threads run together: shuffles, reductions, matrices.
+
+Layouts of matrices are those of the PTX ISA, "Warp-level matrix instructions" and "Asynchronous warpgroup level matrix
+instructions". A fragment of 8 by 8 elements of 16 bits: thread t has row t / 4, columns 2 (t mod 4) and the next.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .arithmetic import halves, joined, read
+from .order import Fault
+from .program import Address, Instruction, Register, Vector
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+Array = Any
+LANE = np.arange(32)
+ROW, COLUMN = LANE // 4, 2 * (LANE % 4)
+
+
+def whole_warps(machine: Machine, lanes: Array | None) -> Array:
+    """The threads as warps [warps, 32].
+
+    Raises:
+        Fault: threads of a warp are missing.
+    """
+    lanes = machine.everybody if lanes is None else lanes
+    warps = lanes.reshape(-1, 32) if len(lanes) % 32 == 0 else None
+    if warps is None or not (warps == warps[:, :1] // 32 * 32 + LANE).all():
+        raise Fault("not all threads of a warp run this together")
+    return warps
+
+
+def shuffle(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
+    """shfl.sync: each thread's value from another of its warp."""
+    mode = instruction.opcode.split(".")[2]
+    target, value, place, clamp, members = instruction.operands
+    whole_warps(machine, lanes)
+    values, places = (machine.every(x, "u32", lanes).reshape(-1, 32) for x in (value, place))
+    if (machine.every(members, "u32", lanes) != 0xFFFFFFFF).any() or (machine.every(clamp, "u32", lanes) != 31).any():
+        raise Fault("a shuffle of a part of a warp is not known here")
+    if mode not in ("bfly", "idx"):
+        raise Fault(f"a shuffle {mode!r} is not known here")
+    source = LANE ^ places if mode == "bfly" else places % 32
+    machine.set(target, np.take_along_axis(values, source.astype(np.int64), 1).reshape(-1), lanes)
+
+
+def reduce(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
+    """redux.sync: one value of all of a warp."""
+    _, _, how, kind = instruction.opcode.split(".")
+    target, value, members = instruction.operands
+    whole_warps(machine, lanes)
+    if (machine.every(members, "u32", lanes) != 0xFFFFFFFF).any():
+        raise Fault("a reduction of a part of a warp is not known here")
+    values = read(machine.every(value, kind, lanes), kind).reshape(-1, 32)
+    combine = {"add": np.add, "max": np.maximum, "min": np.minimum}[how]
+    result = combine.reduce(values, axis=1, dtype=values.dtype)
+    machine.set(target, np.repeat(result, 32).view(np.uint32), lanes)
+
+
+def matrix_addresses(machine: Machine, address: Address, lanes: Array | None, count: int) -> Array:
+    """Where the rows of ldmatrix and stmatrix lie: [warps, matrices, 8]."""
+    return machine.address(address, lanes).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
+
+
+def load_matrix(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
+    """ldmatrix: 8 by 8 fragments from shared memory; each address is of a row of 16 bytes."""
+    target, address = instruction.operands
+    count = int(re.search(r"\.x(\d)", instruction.opcode)[1])  # type: ignore[index]
+    warps = whole_warps(machine, lanes)
+    rows = matrix_addresses(machine, address, lanes, count)
+    # All of a warp's threads get what is read, so that each of the addresses is the warp's.
+    readers = np.broadcast_to(warps[:, None, :8], rows.shape)
+    data = machine.load_shared(readers.reshape(-1), rows.reshape(-1), np.dtype(np.uint16), 8)
+    data = data.reshape(len(warps), count, 8, 8)
+    if ".trans" in instruction.opcode:
+        data = data.swapaxes(2, 3)
+    for index, register in enumerate(target.registers):
+        machine.set(register, joined(data[:, index, ROW, COLUMN], data[:, index, ROW, COLUMN + 1]).reshape(-1), lanes)
+
+
+def store_matrix(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
+    """stmatrix: the opposite of ldmatrix."""
+    address, source = instruction.operands
+    count = int(re.search(r"\.x(\d)", instruction.opcode)[1])  # type: ignore[index]
+    warps = whole_warps(machine, lanes)
+    rows = matrix_addresses(machine, address, lanes, count)
+    data = np.zeros((len(warps), count, 8, 8), np.uint16)
+    for index, register in enumerate(source.registers):
+        low, high = halves(machine.every(register, "b32", lanes).reshape(-1, 32))
+        data[:, index, ROW, COLUMN], data[:, index, ROW, COLUMN + 1] = low, high
+    if ".trans" in instruction.opcode:
+        data = data.swapaxes(2, 3)
+    writers = np.broadcast_to(warps[:, None, :8], rows.shape)
+    machine.store_shared(writers.reshape(-1), rows.reshape(-1), data.reshape(-1, 8))
+
+
+def multiply(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
+    """mma.sync.m16n8k16: d [16, 8] = a [16, 16] b [16, 8] + c, in float32."""
+    shape = re.fullmatch(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32", instruction.opcode)
+    if shape is None:
+        raise Fault("a product of matrices that is not known here")
+    target, a_operand, b_operand, c_operand = instruction.operands
+    warps = len(whole_warps(machine, lanes))
+
+    def fragments(operand: Vector) -> list[tuple[Array, Array]]:
+        parts = (halves(machine.every(register, "b32", lanes).reshape(-1, 32)) for register in operand.registers)
+        return [
+            (read(low, shape[1]).astype(np.float32), read(high, shape[1]).astype(np.float32)) for low, high in parts
+        ]
+
+    a, b, c = (np.zeros((warps, *size), np.float32) for size in ((16, 16), (16, 8), (16, 8)))
+    for (low, high), (row, column) in zip(fragments(a_operand), ((0, 0), (8, 0), (0, 8), (8, 8)), strict=True):
+        a[:, ROW + row, COLUMN + column], a[:, ROW + row, COLUMN + column + 1] = low, high
+    for (low, high), row in zip(fragments(b_operand), (0, 8), strict=True):
+        b[:, COLUMN + row, ROW], b[:, COLUMN + row + 1, ROW] = low, high
+    places = ((0, 0), (0, 1), (8, 0), (8, 1))
+    for register, (row, column) in zip(c_operand.registers, places, strict=True):
+        c[:, ROW + row, COLUMN + column] = machine.every(register, "b32", lanes).reshape(-1, 32).view(np.float32)
+    d = a @ b + c
+    for register, (row, column) in zip(target.registers, places, strict=True):
+        machine.set(register, d[:, ROW + row, COLUMN + column].reshape(-1).view(np.uint32), lanes)
+
+
+def multiply_in_groups(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
+    """wgmma.mma_async: d [64, n] (+)= a [64, 16] b [n, 16]^T of four warps, both from shared memory, in float32."""
+    shape = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(b?f16)\.\2", instruction.opcode)
+    target, a_operand, b_operand, keep, *signs = instruction.operands
+    if shape is None or [sign.bits for sign in signs] != [1, 1, 0, 0] or not isinstance(a_operand, Register):
+        raise Fault("a product of matrices that is not known here")
+    warps = whole_warps(machine, lanes)
+    if len(warps) % 4 or (warps.reshape(-1, 128) != warps[::4, :1] // 128 * 128 + np.arange(128)).any():
+        raise Fault("not all four warps of a group run this together")
+    groups, columns = len(warps) // 4, int(shape[1])
+    first = warps.reshape(-1, 128)[:, 0]
+    a, b = (
+        _described(machine, machine.every(operand, "b64", lanes).reshape(-1, 128), first, rows, shape[2])
+        for operand, rows in ((a_operand, 64), (b_operand, columns))
+    )
+    d = a @ b.swapaxes(1, 2)
+    kept = machine.every(keep, "pred", lanes).reshape(-1, 128)[:, :1, None]
+    row = 16 * np.arange(4)[:, None] + ROW  # [warps, 32]
+    for block in range(columns // 8):
+        for index, (down, right) in enumerate(((0, 0), (0, 1), (8, 0), (8, 1))):
+            register = target.registers[4 * block + index]
+            values = d[:, row + down, 8 * block + COLUMN + right]  # [groups, warps, 32]
+            before = machine.every(register, "b32", lanes).view(np.float32).reshape(groups, 4, 32)
+            total = np.where(kept, before, np.float32(0)) + values
+            machine.set(register, total.astype(np.float32).reshape(-1).view(np.uint32), lanes)
+
+
+def _described(machine: Machine, descriptors: Array, first: Array, rows: int, kind: str) -> Array:
+    """The matrix [groups, rows, 16] that descriptors of shared memory name ("Matrix descriptor format")."""
+    if (descriptors != descriptors[:, :1]).any():
+        raise Fault("threads of a group name different matrices")
+    descriptor = descriptors[:, 0].astype(np.int64)
+    start, stride = (descriptor & 0x3FFF) * 16, (descriptor >> 32 & 0x3FFF) * 16
+    base_offset, swizzle = descriptor >> 49 & 7, descriptor >> 62 & 3
+    if (base_offset != 0).any() or (swizzle != swizzle[0]).any() or swizzle[0] == 0:
+        raise Fault("a layout of matrices that is not known here")
+    row_bytes = {1: 128, 2: 64, 3: 32}[int(swizzle[0])]
+    row = np.arange(rows)[None, :, None]
+    piece = np.arange(2)[None, None, :]  # of 16 bytes, which stay together
+    address = start[:, None, None] + row // 8 * stride[:, None, None] + row % 8 * row_bytes + 16 * piece
+    bits = {128: 7, 64: 3, 32: 1}[row_bytes]
+    address ^= (address >> 7 & bits) << 4
+    readers = np.broadcast_to(first[:, None, None], address.shape).reshape(-1)
+    data = machine.load_shared(readers, address.reshape(-1), np.dtype(np.uint16), 8)
+    return read(data.reshape(len(first), rows, 16), kind).astype(np.float32)
