@@ -51,13 +51,15 @@ def to_bfloat16(value: Array) -> Array:
 
 
 def halves(stored: Array) -> tuple[Array, Array]:
-    """uint32 -> its low and its high half, uint16."""
-    return stored.astype(np.uint16), (stored >> np.uint32(16)).astype(np.uint16)
+    """The low and the high half of unsigned numbers."""
+    half = STORED[stored.dtype.itemsize // 2]
+    return stored.astype(half), (stored >> stored.dtype.type(8 * half.itemsize)).astype(half)
 
 
 def joined(low: Array, high: Array) -> Array:
-    """Two uint16 -> uint32."""
-    return low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
+    """The opposite of `halves`."""
+    whole = STORED[2 * low.dtype.itemsize]
+    return low.astype(whole) | (high.astype(whole) << whole.type(8 * low.dtype.itemsize))
 
 
 def flushed(value: Array) -> Array:
@@ -187,24 +189,22 @@ def operation(opcode: str) -> tuple[tuple[str, ...], Callable[..., Array]]:
         return ("b32", "b32", "b32"), _permuted_bytes
     if kind == "pred":
         compute = {**ELEMENTWISE, "not": np.logical_not}[name]
-        return ("pred",) * compute_arity(name), compute
+        return ("pred",) * sources_of(name), compute
     if not set(modifiers[:-1]) <= {"rn", "ftz", "approx", "full", "NaN"}:
         raise KeyError(opcode)
     compute = PROPAGATING[name] if "NaN" in modifiers else ELEMENTWISE[name]
-    if kind in ("bf16x2", "f16x2"):
-        return ("b32",) * compute_arity(name), _in_halves(compute, kind.removesuffix("x2"))
+    if kind.endswith("x2"):
+        half = kind.removesuffix("x2")
+        return ("b64" if half == "f32" else "b32",) * sources_of(name), _in_halves(compute, half)
     if kind != "bf16":
         TYPES[kind]  # or it is not known here
+    kinds = (kind,) * sources_of(name)
     if "ftz" in modifiers and kind == "f32":
-        return (kind,) * compute_arity(name), lambda *sources: bits(
-            flushed(compute(*(flushed(read(source, kind)) for source in sources)))
-        )
-    return (kind,) * compute_arity(name), lambda *sources: written(
-        compute(*(read(source, kind) for source in sources)), kind
-    )
+        return kinds, lambda *stored: bits(flushed(compute(*(flushed(read(source, kind)) for source in stored))))
+    return kinds, lambda *stored: written(compute(*(read(source, kind) for source in stored)), kind)
 
 
-def compute_arity(name: str) -> int:
+def sources_of(name: str) -> int:
     """How many sources an elementwise instruction has."""
     if name == "fma":
         return 3

@@ -48,7 +48,9 @@ def _move(machine: Machine, instruction: Instruction, lanes: Array | None) -> No
         width = 8 * stored.itemsize // len(source.registers)
         total = stored.type(0)
         for index, register in enumerate(source.registers):
-            part = machine.get(register, f"b{width}", lanes)
+            # Compilers join what they have with what nobody will look at: anything, then.
+            known = not isinstance(register, Register) or register.name in machine.registers
+            part = machine.get(register, f"b{width}", lanes) if known else machine.anything(STORED[width // 8])
             total = total | (part.astype(stored) << stored.type(width * index))
         machine.set(target, total, lanes)
     else:

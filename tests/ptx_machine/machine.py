@@ -101,6 +101,10 @@ class Machine:
             self.registers[register.name] = old
         old[lanes] = value
 
+    def anything(self, dtype: Any) -> Array:
+        """A number that nobody may rely on."""
+        return self.clocks.generator.integers(np.iinfo(dtype).max, dtype=dtype, endpoint=True)
+
     def count(self, lanes: Array | None) -> int:
         """How many threads."""
         return len(self.everybody) if lanes is None else len(lanes)

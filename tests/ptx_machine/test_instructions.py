@@ -106,6 +106,11 @@ def test_floats(generator: torch.Generator) -> None:
         same(operation("max.f32")[1](stored(a), stored(b)), torch.fmax(a, b))
         same(operation("max.NaN.f32")[1](stored(a), stored(b)), torch.maximum(a, b))
         same(operation("add.ftz.f32")[1](stored(a), stored(torch.zeros_like(a))), torch.where(a == 3e-39, 0.0, a + 0))
+        pairs = [
+            np.ascontiguousarray(np.stack([stored(x), stored(y)], 1)).view(np.uint64)[:, 0] for x, y in ((a, b), (b, c))
+        ]
+        products = operation("mul.f32x2")[1](*pairs)
+        same(products.view(np.uint32), torch.stack([a * b, b * c], 1).reshape(-1))
         for name, expected in (("eq", a == b), ("ne", (a != b) & ~(a.isnan() | b.isnan())), ("neu", a != b)):
             assert np.array_equal(operation(f"setp.{name}.f32")[1](stored(a), stored(b)), expected.numpy())
         for name, expected in (("lt", a < b), ("ltu", ~(a >= b)), ("nan", a.isnan() | b.isnan())):
