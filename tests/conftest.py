@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,24 @@ def chain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
         generator = np.random.default_rng(request.config.getoption("--seed"))
         monkeypatch.setattr(Launch, "run", lambda launch: chain.add(launches.run(launch, capability, generator)))
     return chain
+
+
+@pytest.fixture
+def act_as_on_a_gpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, chain: Any
+) -> Iterator[Callable[[], None]]:
+    """A function: from now on, operations take the way that they take on a GPU, and the machine runs their launches."""
+    from aloud.kernels.launch import capability
+
+    def act() -> None:
+        assert MACHINE
+        version = request.config.getoption("--compute-capability")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(version, 10))
+
+    capability.cache_clear()
+    yield act
+    capability.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,7 @@ library's products are left out. All of it takes the machine an hour or two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from aloud.kernels.attention import attention_output, attention_output_reference
 from aloud.kernels.codebook_head import codebook_head, codebook_head_reference
 from aloud.kernels.draw import draw
 from aloud.kernels.embedding import embed_code, embed_code_reference, embed_prompt, embed_prompt_reference
-from aloud.kernels.launch import capability
 from aloud.kernels.linear import (
     linear_residual,
     linear_residual_reference,
@@ -66,17 +64,10 @@ def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, chain: Any) -> Iterator[None]:
-    """Without a GPU, the entries take the way that they take on one; what they launch, the machine runs."""
-    if ON_GPU:
-        yield
-        return
-    version = request.config.getoption("--compute-capability")
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(version, 10))
-    capability.cache_clear()
-    yield
-    capability.cache_clear()
+def by_the_machine(act_as_on_a_gpu: Callable[[], None]) -> None:
+    """Without a GPU, the machine runs what the entries launch."""
+    if not ON_GPU:
+        act_as_on_a_gpu()
 
 
 def assert_same(
