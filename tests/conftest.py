@@ -81,9 +81,8 @@ def generator(seed: int) -> torch.Generator:
 @pytest.fixture
 def chain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What the machine in tests/ptx_machine has run: every launch, where neither a GPU nor the interpreter does."""
-    from ptx_machine import launches
-
     from aloud.kernels.launch import Launch
+    from ptx_machine import launches
 
     chain = launches.Chain()
     if MACHINE:

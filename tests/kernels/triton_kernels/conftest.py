@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from ptx_machine.launches import Chain
 from triton import knobs
 from triton.runtime import interpreter
 
 from aloud.kernels import product
 from aloud.kernels.launch import Launch, capability
+from ptx_machine.launches import Chain
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = not ON_GPU and knobs.runtime.interpret

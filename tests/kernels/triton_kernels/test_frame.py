@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from ptx_machine.launches import Chain
 
 from aloud import Runtime, Sampling, Segment
 from aloud.kernels import attention, frame_state, linear, next_code, qkv
@@ -20,6 +19,7 @@ from aloud.models.csm import CsmState
 from aloud.prepare import read_segments
 from aloud.prompt_block import Piece, pack
 from oracle import csm as oracle
+from ptx_machine.launches import Chain
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a device")
 OPERATIONS: dict[str, tuple[tuple[Any, ...], Callable[..., Launch | tuple[Launch, ...]]]] = {

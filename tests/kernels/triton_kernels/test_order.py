@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ptx_machine import launches
-from ptx_machine.order import Fault
-from ptx_machine.program import Program
 from triton import knobs
 
 from aloud.benchmarks.aot import specialize
 from aloud.kernels.launch import Launch
 from aloud.kernels.linear import plan_norm_swiglu
 from aloud.kernels.next_code import allocate_scratch, plan_next_code
+from ptx_machine import launches
+from ptx_machine.order import Fault
+from ptx_machine.program import Program
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or knobs.runtime.interpret, reason="of the machine: TRITON_INTERPRET=0"

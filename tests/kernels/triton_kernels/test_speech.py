@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptx_machine.launches import Chain
 from triton import knobs
 
 from aloud import Request, Runtime, Segment
 from aloud.kernels.launch import Launch
 from oracle import csm as oracle
+from ptx_machine.launches import Chain
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or knobs.runtime.interpret, reason="of the machine: TRITON_INTERPRET=0"
