@@ -151,16 +151,9 @@ class Machine:
     def add_atomically(self, lane: int, address: int, value: Array, meaning: str) -> Array:
         """One thread adds to a number; "acq_rel" releases what its program has written, acquires what others have."""
         self._has_waited(np.array([lane]))
-        for region, _ in self.tensors.parts(np.array([address])):
-            where = np.array([address]), value.dtype, 1
-            # Atomic operations are in some order; what it is, nobody may rely on. They are no part of what is watched,
-            # but for what comes before them: reads and writes of the place by others.
-            if meaning == "acq_rel":
-                self.clocks.acquire_release(lane, address)
-            old = region.load(np.array([lane]), *where)[0, 0]
-            region.data.view(value.dtype)[(address - region.start) // value.dtype.itemsize] = old + value
-            self.written.append((region, where[0] - region.start, value.dtype.itemsize))
-        return old
+        ((region, _),) = self.tensors.parts(np.array([address]))
+        self.written.append((region, np.array([address - region.start]), value.dtype.itemsize))
+        return region.add_atomically(lane, address, value, ordered=meaning == "acq_rel")
 
     def _has_waited(self, lanes: Array) -> None:
         if self.programmatic and not self.waited[lanes].all():

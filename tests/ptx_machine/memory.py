@@ -41,11 +41,13 @@ class Region:
     clocks: Clocks
     watch: Watch | None = None  # made at the first write: reads alone need no order
     reads: list[Accesses] = field(default_factory=list)  # until then
+    atomics: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)  # offset: program: thread, time
 
     def load(self, lanes: Array, addresses: Array, element: Any, count: int) -> Array:
         """Read `count` elements side by side for each thread -> [threads, count]."""
         offsets = self._offsets(addresses, element, count)
         accesses = Accesses.now(lanes, offsets, element.itemsize * count, self.clocks)
+        self._behind_atomics(accesses)
         if self.watch is not None:
             self.watch.read(accesses)
         else:
@@ -56,7 +58,9 @@ class Region:
         """Write values [threads, count]."""
         element, count = values.dtype, values.shape[1]
         offsets = self._offsets(addresses, element, count)
-        self.watched().write(Accesses.now(lanes, offsets, element.itemsize * count, self.clocks))
+        accesses = Accesses.now(lanes, offsets, element.itemsize * count, self.clocks)
+        self._behind_atomics(accesses)
+        self.watched().write(accesses)
         places = offsets[:, None] // element.itemsize + np.arange(count)
         view = self.data.view(element)
         # Where several write to one place, any of them may be the last.
@@ -64,6 +68,28 @@ class Region:
         view[places[order]] = values[order]
         if not _nearly_equal(view[places], values):
             raise Fault("several threads write different values to one place")
+
+    def add_atomically(self, lane: int, address: int, value: Array, *, ordered: bool) -> Array:
+        """Add for one thread -> what was there; `ordered`: it releases and acquires."""
+        lanes, addresses = np.array([lane]), np.array([address])
+        offsets = self._offsets(addresses, value.dtype, 1)
+        if ordered:
+            self.clocks.acquire_release(lane, address)
+        self.watched().add_atomically(Accesses.now(lanes, offsets, value.dtype.itemsize, self.clocks))
+        program = lane // self.clocks.threads
+        self.atomics.setdefault(int(offsets[0]), {})[program] = (lane, int(self.clocks.of_program[program]))
+        view, place = self.data.view(value.dtype), offsets[0] // value.dtype.itemsize
+        old = view[place]
+        view[place] = old + value
+        return old
+
+    def _behind_atomics(self, accesses: Accesses) -> None:
+        """A plain access comes after every atomic operation at its place, or there is none."""
+        for place, by_program in self.atomics.items():
+            there = (accesses.offsets <= place) & (place < accesses.offsets + accesses.size)
+            for lane, time in by_program.values():
+                if not self.clocks.after_atomic(lane, time, accesses.lanes[there]).all():
+                    raise Fault("touches a place beside another thread's atomic operation, with nothing between them")
 
     def watched(self) -> Watch:
         """Its watch, from now on if there was none."""

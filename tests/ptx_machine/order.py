@@ -65,6 +65,14 @@ class Clocks:
         knows[program] = self.of_program[program]
         self.released[place] = knows
 
+    def after_atomic(self, lane: int, time: int, now: Array) -> Array:
+        """Whether what threads `now` do comes after a thread's atomic operation at this time of its program."""
+        then, current = self.program(np.int64(lane)), self.program(now)
+        behind = self.learnt[current, then] < self.of_program[current]
+        heard = (self.known[current, then] >= time) & ((self.learner[current, then] == now) | behind)
+        here = (lane == now) | (time < self.of_program[current])
+        return np.where(then == current, here, heard)
+
     def times(self, lanes: Array) -> tuple[Array, Array]:
         """The time of each thread's program and of its warp."""
         return self.of_program[self.program(lanes)], self.of_warp[lanes // 32]
@@ -73,7 +81,7 @@ class Clocks:
         """Whether accesses by `who`, of which `lane` is one, at these times, come before what threads `now` do."""
         then, current = self.program(lane), self.program(now)
         here = then == current
-        met = here & (time < self.of_program[current])
+        met = here & (who <= PROGRAM) & (time < self.of_program[current])
         warp_met = (who <= WARP) & (lane // 32 == now // 32) & (warp_time < self.of_warp[now // 32])
         own = (who <= ONE) & (lane == now)
         heard = ~here & (who <= PROGRAM) & (self.known[current, then] > time)
@@ -166,6 +174,12 @@ class Watch:
         lanes, places, times = self._spread(accesses)
         self.under_way[places] = False
         self._note(self.writes, lanes, places, times, ONE)
+
+    def add_atomically(self, accesses: Accesses) -> None:
+        """A thread's atomic operation, which may meet others of its kind, and no plain access."""
+        lanes, places, _ = self._spread(accesses)
+        self._nothing_under_way(places)
+        self._may_write(lanes, places)
 
     def _nothing_under_way(self, places: Array) -> None:
         if self.under_way[places].any():

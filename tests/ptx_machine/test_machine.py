@@ -257,6 +257,8 @@ LAST = """
     add.s32 %r13, %r13, %r15;
     add.s32 %r13, %r13, %r16;
     @%p1 st.global.b32 [ %rd1 + 1028 ], { %r13 };
+    mov.b32 %r17, 0;
+    @%p1 st.global.b32 [ %rd1 + 1024 ], { %r17 };  // the counter, for the next launch
 $done:
 """
 
@@ -265,13 +267,29 @@ def test_the_last_program_may_read_what_the_others_wrote(run) -> None:
     def values() -> torch.Tensor:
         return torch.zeros(258, dtype=torch.int32)
 
-    assert run(LAST, programs=4, values=values()).values[-2:].tolist() == [4, 6]
+    assert run(LAST, programs=4, values=values()).values[-2:].tolist() == [0, 6]
     for wrong in (
         LAST.replace("acq_rel", "relaxed"),
         without(LAST, "bar.sync 0;"),  # the others' stores may come behind the count
         without(LAST, "@%p2 bra $done;"),  # every program
     ):
         refused(run, wrong, "reads what another thread wrote", programs=4, values=values())
+    for who in ("%p1", "%p2"):  # a thread of each program, before and behind its own count
+        reset = f"mov.b32 %r17, 0;\n@{who} st.global.b32 [ %rd1 + 1024 ], {{ %r17 }};\n"
+        refused(run, LAST.replace("@%p2 bra", reset + "@%p2 bra"), "another thread", programs=4, values=values())
+
+
+def test_reads_by_several_programs_come_before_a_write_of_none(run) -> None:
+    """Also where the one that writes is the one that read last, and has had a barrier since."""
+    body = """
+        ld.global.b32 { %r10 }, [ %rd1 + 0 ];
+        bar.sync 0;
+        setp.eq.s32 %p1, %r3, 64;
+        mov.b32 %r11, 1;
+        @%p1 st.global.b32 [ %rd1 + 0 ], { %r11 };
+    """
+    refused(run, body, "writes where another thread reads", programs=2)
+    run(body.replace("64", "0"))
 
 
 # --- programmatic launches --------------------------------------------------------------------------------------------
