@@ -1,10 +1,10 @@
 """A machine for compiled kernels: runs the PTX that Triton makes, on the CPU, and watches its memory.
 
 Triton's interpreter runs a kernel's Python; this runs what the compiler made of it, all programs of a launch side by
-side, one instruction at a time. It refuses what a GPU would leave undefined: reads and writes outside of tensors,
-misaligned ones, registers that nothing was written to, threads of a warp apart where they must be together, two threads
-at one place with nothing between them that says who is first, and memory that a programmatic launch touches before its
-wait although another kernel writes it.
+side, one instruction at a time. It refuses what a GPU would leave undefined: reads and writes outside of tensors'
+allocations, misaligned ones, registers and shared memory that nothing was written to, threads of a warp apart where
+they must be together, two threads at one place with nothing between them that says who is first, and writes before a
+programmatic launch's wait. What such launches read before it, and others write, `launches.Chain` knows.
 
     program.py     the text, taken apart
     arithmetic.py  instructions between registers
@@ -15,6 +15,8 @@ wait although another kernel writes it.
     machine.py     threads, branches, barriers
     launches.py    from a `Launch` to the machine
 
-Approximate instructions (ex2, rsqrt, div.full) are as exact here as float32 is. What a kernel costs, and how a chip
-schedules it, is nobody's here.
+Approximate instructions (ex2, rsqrt, div.full) are as exact here as float32 is; a fused multiplication and addition may
+be rounded twice. Not seen: fences that are missing before products of warp groups (wgmma), a copy's source that is
+written before the copy was waited for, registers that some threads have written and others read. What a kernel costs,
+and how a chip schedules it, is nobody's here.
 """

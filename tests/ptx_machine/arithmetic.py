@@ -176,12 +176,12 @@ def operation(opcode: str) -> tuple[tuple[str, ...], Callable[..., Array]]:
         return (kind, kind, "pred"), lambda a, b, choice: np.where(choice, a, b)
     if name == "cvt":
         return _conversion(modifiers)
-    if name in ("mul", "mad") and modifiers[0] in ("lo", "hi", "wide"):
+    if name in ("mul", "mad") and modifiers[0] in ("lo", "hi", "wide") and len(modifiers) == 2:
         return _integer_product(name, modifiers[0], kind)
     if name in ("shl", "shr"):
         shift = _shifted(np.left_shift if name == "shl" else np.right_shift)
         return (kind, "u32"), lambda a, amount: bits(shift(read(a, kind), amount))
-    if name == "bfe":
+    if name == "bfe" and kind in ("u32", "s32", "u64"):
         return (kind, "u32", "u32"), lambda a, place, length: _field(a, place, length, signed=kind == "s32")
     if name == "popc":
         return (kind,), lambda a: np.bitwise_count(a).astype(np.uint32)
@@ -191,6 +191,8 @@ def operation(opcode: str) -> tuple[tuple[str, ...], Callable[..., Array]]:
         compute = {**ELEMENTWISE, "not": np.logical_not}[name]
         return ("pred",) * sources_of(name), compute
     if not set(modifiers[:-1]) <= {"rn", "ftz", "approx", "full", "NaN"}:
+        raise KeyError(opcode)
+    if (name in ("div", "rem") and kind == "u64") or ("ftz" in modifiers and kind in ("f16", "bf16", "f16x2")):
         raise KeyError(opcode)
     compute = PROPAGATING[name] if "NaN" in modifiers else ELEMENTWISE[name]
     if kind.endswith("x2"):
@@ -228,10 +230,11 @@ def _conversion(modifiers: list[str]) -> tuple[tuple[str, ...], Callable[..., Ar
         narrow = (lambda a: to_bfloat16(a)) if half == "bf16" else (lambda a: bits(a.astype(np.float16)))
         # The first source is the upper half.
         return (source, source), lambda a, b: joined(narrow(read(b, source)), narrow(read(a, source)))
-    if to == "bf16":
+    if to == "bf16" and source == "f32":
         return (source,), lambda a: to_bfloat16(read(a, source))
     target = TYPES[to]
-    return (source,), lambda a: bits(read(a, source).astype(target))
+    width = 2 if source == "bf16" else np.dtype(TYPES[source]).itemsize  # registers may be longer
+    return (source,), lambda a: bits(read(a.astype(STORED[width]), source).astype(target))
 
 
 WIDER = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}
@@ -261,7 +264,7 @@ def _field(a: Array, place: Array, length: Array, *, signed: bool) -> Array:
     if signed:
         top = np.uint64(1) << (length.astype(np.uint64) - np.uint64(1))
         field = (field ^ top) - top
-    return field.astype(np.uint32)
+    return field.astype(a.dtype)
 
 
 def _permuted_bytes(a: Array, b: Array, selector: Array) -> Array:

@@ -81,7 +81,7 @@ def _access(opcode: str) -> tuple[str, Any, int]:
     """The space, the elements' type and number of a load or store."""
     parts = opcode.split(".")
     count = next((int(part[1:]) for part in parts if part in ("v2", "v4", "v8")), 1)
-    if not set(parts[2:-1]) <= {"v2", "v4", "v8", "cg", "ca"}:
+    if parts[1] not in ("global", "shared") or not set(parts[2:-1]) <= {"v2", "v4", "v8", "cg", "ca"}:
         raise Fault("an access that is not known here")
     return parts[1], STORED[np.dtype(TYPES[parts[-1]]).itemsize], count
 
@@ -144,7 +144,13 @@ def _copy(machine: Machine, instruction: Instruction, lanes: Array | None) -> No
     if len(some):
         words = machine.load_global(who[some], sources[some], np.dtype(np.uint32), size.bits // 4)
         data[some] = words.view(np.uint8)
-    addresses = machine._in_shared(who, machine.address(target, lanes), size.bits)
+    addresses = machine.shared.offsets(
+        machine._in_shared(who, machine.address(target, lanes), size.bits), np.dtype(np.uint8), size.bits
+    )
+    order = np.argsort(addresses, kind="stable")
+    twice = addresses[order][1:] == addresses[order][:-1]
+    if (data[order][1:][twice] != data[order][:-1][twice]).any():
+        raise Fault("several threads copy different data to one place")
     machine.shared.watched().begin_copy(Accesses.now(who, addresses, size.bits, machine.clocks))
     group = machine.groups_begun[who].copy()
     machine.copies.append(Copy(who, addresses, data, group, np.zeros(len(who), bool)))
@@ -173,6 +179,8 @@ def _wait(machine: Machine, instruction: Instruction, lanes: Array | None) -> No
 
 def _warp_barrier(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
     """bar.warp.sync."""
+    if instruction.operands not in ((Number(-1),), (Number(0xFFFFFFFF),)):
+        raise Fault("a barrier of some threads is not known here")
     machine.clocks.warp_barrier(warp.whole_warps(machine, lanes)[:, 0] // 32)
 
 
@@ -199,9 +207,9 @@ HANDLERS: dict[str, Callable[[Machine, Instruction, Array | None], None]] = {
     "griddepcontrol.wait": _grid_wait,
     "griddepcontrol.launch_dependents": _nothing,
     "fence.proxy.async.shared::cta": _nothing,
-    "wgmma.fence.": _nothing,
-    "wgmma.commit_group.": _nothing,
-    "wgmma.wait_group.": _nothing,
+    "wgmma.fence.sync.aligned": warp.fence_products,
+    "wgmma.commit_group.sync.aligned": warp.fence_products,
+    "wgmma.wait_group.sync.aligned": warp.wait_for_products,
     "wgmma.mma_async.": warp.multiply_in_groups,
     "mma.sync.": warp.multiply,
     "ldmatrix.": warp.load_matrix,

@@ -68,9 +68,13 @@ class Chain:
 
     def conflicts(self) -> list[str]:
         """Tensors of which a byte is read before a wait and written by a kernel."""
-        shared = self.read_early.keys() & self.written.keys()
-        pairs = {start: (self.read_early[start], self.written[start]) for start in shared}
-        return [self.names[start] for start, (read, written) in pairs.items() if (read[: len(written)] & written).any()]
+        found = []
+        for start in self.read_early.keys() & self.written.keys():
+            read, written = self.read_early[start], self.written[start]
+            shortest = min(len(read), len(written))
+            if (read[:shortest] & written[:shortest]).any():
+                found.append(self.names[start])
+        return found
 
 
 def run(launch: Launch, capability: int, generator: np.random.Generator) -> Machine:

@@ -17,8 +17,9 @@ import torch
 from .arithmetic import STORED, TYPES, operation
 from .instructions import HANDLERS, REGISTERS, Copy
 from .memory import Global, Region
-from .order import Clocks, Fault
+from .order import ONE, Accesses, Clocks, Fault
 from .program import Address, Instruction, Name, Number, Operand, Program, Register
+from .warp import whole_warps
 
 Array = Any
 
@@ -54,6 +55,8 @@ class Machine:
         numbers["%ntid.x"] = np.full_like(place, program.threads)
         self.registers: dict[str, Array] = {name: value.astype(np.uint32) for name, value in numbers.items()}
         self.copies: list[Copy] = []
+        self.accumulating: set[str] = set()  # registers of products that are not waited for yet
+        self.tiles: list[Accesses] = []  # what they read
         self.groups_begun = np.zeros(len(self.everybody), np.int64)
         self.waited = np.zeros(len(self.everybody), bool)
         self.programmatic = any(i.opcode == "griddepcontrol.wait" for i in program.instructions)
@@ -66,6 +69,8 @@ class Machine:
     def get(self, operand: Operand, kind: str, lanes: Array | None) -> Array:
         """An operand's bits: an array over `lanes`, or one number."""
         if isinstance(operand, Register):
+            if operand.name in self.accumulating:
+                raise Fault(f"reads {operand.name}, which a product under way adds to")
             try:
                 value = self.registers[operand.name]
             except KeyError:
@@ -89,6 +94,7 @@ class Machine:
     def set(self, register: Operand, value: Array, lanes: Array | None) -> None:
         """Write a register's bits."""
         assert isinstance(register, Register)
+        assert np.shape(value) in ((), (self.count(lanes),))
         if register.name == "_":
             return
         dtype = REGISTERS.get(register.name.rstrip("0123456789"), value.dtype)  # some have a name, for a few lines
@@ -97,7 +103,10 @@ class Machine:
             return
         old = self.registers.get(register.name)
         if old is None or old.ndim == 0:
-            old = np.full(len(self.everybody), ~dtype.type(0) if old is None else old)
+            # What other threads have in it is nothing to rely on.
+            anything = self.clocks.generator.integers(0, 256, len(self.everybody) * dtype.itemsize, np.uint8)
+            anything = anything > 127 if dtype.kind == "b" else anything.view(dtype)
+            old = anything if old is None else np.full(len(self.everybody), old)
             self.registers[register.name] = old
         old[lanes] = value
 
@@ -121,15 +130,19 @@ class Machine:
             raise Fault("touches shared memory outside of the program's own")
         return addresses + self.clocks.program(lanes) * self.shared_bytes
 
-    def load_shared(self, lanes: Array, addresses: Array, element: Any, count: int) -> Array:
+    def load_shared(self, lanes: Array, addresses: Array, element: Any, count: int, together: int = ONE) -> Array:
         """Read shared memory -> [threads, count]."""
         addresses = self._in_shared(lanes, addresses, element.itemsize * count)
-        self.shared.watched()
-        return self.shared.load(lanes, addresses, element, count)
+        watch, offsets = self.shared.watched(), self.shared.offsets(addresses, element, count)
+        values = self.shared.load(lanes, addresses, element, count, together)
+        if not watch.written(Accesses.now(lanes, offsets, element.itemsize * count, self.clocks)):
+            raise Fault("reads shared memory that nothing was written to")
+        return values
 
-    def store_shared(self, lanes: Array, addresses: Array, values: Array) -> None:
+    def store_shared(self, lanes: Array, addresses: Array, values: Array, together: int = ONE) -> None:
         """Write values [threads, count] to shared memory."""
-        self.shared.store(lanes, self._in_shared(lanes, addresses, values.dtype.itemsize * values.shape[1]), values)
+        addresses = self._in_shared(lanes, addresses, values.dtype.itemsize * values.shape[1])
+        self.shared.store(lanes, addresses, values, together)
 
     def load_global(self, lanes: Array, addresses: Array, element: Any, count: int) -> Array:
         """Read tensors -> [threads, count]."""
@@ -202,12 +215,15 @@ class Machine:
                     target = instruction.operands[0]
                     assert isinstance(target, Name)
                     return [(self.program.labels[target.text], lanes)]
+                if instruction.opcode == "ret" and instruction.guard is not None:
+                    raise Fault("an end of some threads is not known here")
                 if instruction.opcode == "ret":
                     np.subtract.at(alive, self.clocks.program(lanes), 1)
                     return []
                 if instruction.opcode == "bar.sync":
-                    if len(instruction.operands) != 1 or instruction.guard is not None:
+                    if instruction.operands != (Number(0),) or instruction.guard is not None:
                         raise Fault("a barrier of some threads is not known here")
+                    whole_warps(self, active)
                     parked[place + 1] = _merged(parked.get(place + 1), lanes)
                     return []
                 if active is None or len(active):

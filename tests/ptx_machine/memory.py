@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .order import Accesses, Clocks, Fault, Watch
+from .order import ONE, Accesses, Atomic, Clocks, Fault, Watch
 
 Array = Any
 
@@ -41,12 +41,12 @@ class Region:
     clocks: Clocks
     watch: Watch | None = None  # made at the first write: reads alone need no order
     reads: list[Accesses] = field(default_factory=list)  # until then
-    atomics: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)  # offset: program: thread, time
+    atomics: dict[int, dict[int, Atomic]] = field(default_factory=dict)  # by offset and program
 
-    def load(self, lanes: Array, addresses: Array, element: Any, count: int) -> Array:
+    def load(self, lanes: Array, addresses: Array, element: Any, count: int, together: int = ONE) -> Array:
         """Read `count` elements side by side for each thread -> [threads, count]."""
-        offsets = self._offsets(addresses, element, count)
-        accesses = Accesses.now(lanes, offsets, element.itemsize * count, self.clocks)
+        offsets = self.offsets(addresses, element, count)
+        accesses = Accesses.now(lanes, offsets, element.itemsize * count, self.clocks, together)
         self._behind_atomics(accesses)
         if self.watch is not None:
             self.watch.read(accesses)
@@ -54,11 +54,11 @@ class Region:
             self.reads.append(accesses)
         return self._elements(offsets, element, count)
 
-    def store(self, lanes: Array, addresses: Array, values: Array) -> None:
+    def store(self, lanes: Array, addresses: Array, values: Array, together: int = ONE) -> None:
         """Write values [threads, count]."""
         element, count = values.dtype, values.shape[1]
-        offsets = self._offsets(addresses, element, count)
-        accesses = Accesses.now(lanes, offsets, element.itemsize * count, self.clocks)
+        offsets = self.offsets(addresses, element, count)
+        accesses = Accesses.now(lanes, offsets, element.itemsize * count, self.clocks, together)
         self._behind_atomics(accesses)
         self.watched().write(accesses)
         places = offsets[:, None] // element.itemsize + np.arange(count)
@@ -72,12 +72,16 @@ class Region:
     def add_atomically(self, lane: int, address: int, value: Array, *, ordered: bool) -> Array:
         """Add for one thread -> what was there; `ordered`: it releases and acquires."""
         lanes, addresses = np.array([lane]), np.array([address])
-        offsets = self._offsets(addresses, value.dtype, 1)
+        offsets = self.offsets(addresses, value.dtype, 1)
         if ordered:
             self.clocks.acquire_release(lane, address)
         self.watched().add_atomically(Accesses.now(lanes, offsets, value.dtype.itemsize, self.clocks))
         program = lane // self.clocks.threads
-        self.atomics.setdefault(int(offsets[0]), {})[program] = (lane, int(self.clocks.of_program[program]))
+        atomic = Atomic(lane, int(self.clocks.of_program[program]), value.dtype.itemsize, ordered)
+        earlier = self.atomics.setdefault(int(offsets[0]), {}).get(program)
+        if earlier is not None and not self.clocks.after_atomic(program, earlier, lanes).all():
+            atomic = Atomic(-1, atomic.time, max(atomic.size, earlier.size), releases=False)
+        self.atomics[int(offsets[0])][program] = atomic
         view, place = self.data.view(value.dtype), offsets[0] // value.dtype.itemsize
         old = view[place]
         view[place] = old + value
@@ -86,9 +90,9 @@ class Region:
     def _behind_atomics(self, accesses: Accesses) -> None:
         """A plain access comes after every atomic operation at its place, or there is none."""
         for place, by_program in self.atomics.items():
-            there = (accesses.offsets <= place) & (place < accesses.offsets + accesses.size)
-            for lane, time in by_program.values():
-                if not self.clocks.after_atomic(lane, time, accesses.lanes[there]).all():
+            for program, atomic in by_program.items():
+                there = (accesses.offsets < place + atomic.size) & (place < accesses.offsets + accesses.size)
+                if not self.clocks.after_atomic(program, atomic, accesses.lanes[there]).all():
                     raise Fault("touches a place beside another thread's atomic operation, with nothing between them")
 
     def watched(self) -> Watch:
@@ -100,7 +104,8 @@ class Region:
             self.reads = []
         return self.watch
 
-    def _offsets(self, addresses: Array, element: Any, count: int) -> Array:
+    def offsets(self, addresses: Array, element: Any, count: int) -> Array:
+        """Where addresses lie in it; they must be aligned to what is accessed there."""
         offsets = addresses.astype(np.int64) - self.start
         size = element.itemsize * count
         if ((addresses % size) != 0).any():

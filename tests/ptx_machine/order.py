@@ -61,33 +61,55 @@ class Clocks:
         self.known[program][news] = left[news]
         self.learnt[program][news] = self.of_program[program]
         self.learner[program][news] = lane
-        knows = np.maximum(left, self.known[program])
+        # What another thread of the program has learnt is this one's behind a barrier.
+        own = (self.learner[program] == lane) | (self.learnt[program] < self.of_program[program])
+        knows = np.maximum(left, np.where(own, self.known[program], 0))
         knows[program] = self.of_program[program]
         self.released[place] = knows
 
-    def after_atomic(self, lane: int, time: int, now: Array) -> Array:
-        """Whether what threads `now` do comes after a thread's atomic operation at this time of its program."""
-        then, current = self.program(np.int64(lane)), self.program(now)
-        behind = self.learnt[current, then] < self.of_program[current]
-        heard = (self.known[current, then] >= time) & ((self.learner[current, then] == now) | behind)
-        here = (lane == now) | (time < self.of_program[current])
+    def after_atomic(self, then: int, atomic: Atomic, now: Array) -> Array:
+        """Whether what threads `now` do comes after an atomic operation of program `then`."""
+        current = self.program(now)
+        known, learner = self.known[current, then], self.learner[current, then]
+        # One that releases is heard of by who acquires what it leaves; another, from behind a barrier.
+        heard = (known >= atomic.time if atomic.releases else known > atomic.time) & (learner >= 0)
+        heard &= (learner == now) | (self.learnt[current, then] < self.of_program[current])
+        here = (atomic.lane == now) | (atomic.time < self.of_program[current])
         return np.where(then == current, here, heard)
 
     def times(self, lanes: Array) -> tuple[Array, Array]:
         """The time of each thread's program and of its warp."""
         return self.of_program[self.program(lanes)], self.of_warp[lanes // 32]
 
-    def before(self, who: Array, lane: Array, time: Array, warp_time: Array, now: Array) -> Array:
-        """Whether accesses by `who`, of which `lane` is one, at these times, come before what threads `now` do."""
+    def before(self, who: Array, lane: Array, time: Array, warp_time: Array, now: Array, together: int) -> Array:
+        """Whether accesses by `who`, of which `lane` is one, at these times, come before what threads `now` do.
+
+        `together`: ONE where each does it for itself, WARP or PROGRAM where it is all of them that do.
+        """
         then, current = self.program(lane), self.program(now)
         here = then == current
         met = here & (who <= PROGRAM) & (time < self.of_program[current])
-        warp_met = (who <= WARP) & (lane // 32 == now // 32) & (warp_time < self.of_warp[now // 32])
-        own = (who <= ONE) & (lane == now)
+        warp_met = (
+            (max(together, ONE) <= WARP)
+            & (who <= WARP)
+            & (lane // 32 == now // 32)
+            & (warp_time < self.of_warp[now // 32])
+        )
+        own = (together == ONE) & (who <= ONE) & (lane == now)
         heard = ~here & (who <= PROGRAM) & (self.known[current, then] > time)
         if heard.any():  # by the thread that learnt, and, behind a barrier, by the others
             heard &= (self.learner[current, then] == now) | (self.learnt[current, then] < self.of_program[current])
         return (who == NOBODY) | met | warp_met | own | heard
+
+
+@dataclass(frozen=True)
+class Atomic:
+    """A program's last atomic operation at a place."""
+
+    lane: int  # -1: several threads', with nothing between them
+    time: int
+    size: int
+    releases: bool
 
 
 @dataclass
@@ -122,11 +144,12 @@ class Accesses:
     size: int
     time: Array
     warp_time: Array
+    together: int = ONE  # WARP, PROGRAM: what one thread stands for, others of these do with it
 
     @classmethod
-    def now(cls, lanes: Array, offsets: Array, size: int, clocks: Clocks) -> Accesses:
+    def now(cls, lanes: Array, offsets: Array, size: int, clocks: Clocks, together: int = ONE) -> Accesses:
         """At the threads' times."""
-        return cls(lanes, offsets, size, *clocks.times(lanes))
+        return cls(lanes, offsets, size, *clocks.times(lanes), together)
 
 
 class Watch:
@@ -138,12 +161,13 @@ class Watch:
         self.clocks = clocks
         self.reads, self.writes = Touched.none(places), Touched.none(places)
         self.under_way = np.zeros(places, bool)  # where a copy goes that is not waited for yet
+        self.being_read = np.zeros(places, bool)  # by a product that is not waited for yet
 
     def read(self, accesses: Accesses) -> None:
         """Threads read."""
         lanes, places, _ = self._spread(accesses)
         self._nothing_under_way(places)
-        if not self.clocks.before(*self.writes.at(places), lanes).all():
+        if not self.clocks.before(*self.writes.at(places), lanes, accesses.together).all():
             raise Fault("reads what another thread wrote, with nothing between them")
         self.note_reads(accesses)
 
@@ -151,22 +175,36 @@ class Watch:
         """Remember reads, and beside them those before that nothing orders."""
         lanes, places, times = self._spread(accesses)
         earlier = self.reads.at(places)
-        beside = ~self.clocks.before(*earlier, lanes)
+        beside = ~self.clocks.before(*earlier, lanes, accesses.together)
         who = np.where(beside, np.maximum(earlier[0], self._together(earlier[1], lanes)), ONE)
-        self._note(self.reads, lanes, places, times, who)
+        self._note(self.reads, lanes, places, times, np.maximum(who, accesses.together))
+
+    def begin_read(self, accesses: Accesses) -> None:
+        """Threads have begun to read; they may go on until it is waited for."""
+        self.read(accesses)
+        self.being_read[self._spread(accesses)[1]] = True
+
+    def end_read(self, accesses: Accesses) -> None:
+        """Threads have waited for what they read."""
+        self.note_reads(accesses)
+        self.being_read[self._spread(accesses)[1]] = False
+
+    def written(self, accesses: Accesses) -> bool:
+        """Whether all that is accessed has been written."""
+        return bool((self.writes.who[self._spread(accesses)[1]] != NOBODY).all())
 
     def write(self, accesses: Accesses) -> None:
         """Threads write; those that write one place at once write the same."""
         lanes, places, times = self._spread(accesses)
         self._nothing_under_way(places)
-        self._may_write(lanes, places)
-        self._note(self.writes, lanes, places, times, ONE)
+        self._may_write(lanes, places, accesses.together)
+        self._note(self.writes, lanes, places, times, accesses.together)
 
     def begin_copy(self, accesses: Accesses) -> None:
         """Threads have begun copies; they may land at any time until they are waited for."""
         lanes, places, _ = self._spread(accesses)
         self._nothing_under_way(places)
-        self._may_write(lanes, places)
+        self._may_write(lanes, places, ONE)
         self.under_way[places] = True
 
     def end_copy(self, accesses: Accesses) -> None:
@@ -179,16 +217,18 @@ class Watch:
         """A thread's atomic operation, which may meet others of its kind, and no plain access."""
         lanes, places, _ = self._spread(accesses)
         self._nothing_under_way(places)
-        self._may_write(lanes, places)
+        self._may_write(lanes, places, ONE)
 
     def _nothing_under_way(self, places: Array) -> None:
         if self.under_way[places].any():
             raise Fault("touches a place to which a copy is under way")
 
-    def _may_write(self, lanes: Array, places: Array) -> None:
-        if not self.clocks.before(*self.writes.at(places), lanes).all():
+    def _may_write(self, lanes: Array, places: Array, together: int) -> None:
+        if self.being_read[places].any():
+            raise Fault("writes what a product reads that is not waited for")
+        if not self.clocks.before(*self.writes.at(places), lanes, together).all():
             raise Fault("writes where another thread wrote, with nothing between them")
-        if not self.clocks.before(*self.reads.at(places), lanes).all():
+        if not self.clocks.before(*self.reads.at(places), lanes, together).all():
             raise Fault("writes where another thread reads, with nothing between them")
 
     def _note(
@@ -211,7 +251,7 @@ class Watch:
         if accesses.size < self.granule:
             times = self.granule // accesses.size
             self.reads, self.writes = self.reads.finer(times), self.writes.finer(times)
-            self.under_way = np.repeat(self.under_way, times)
+            self.under_way, self.being_read = np.repeat(self.under_way, times), np.repeat(self.being_read, times)
             self.granule = accesses.size
         each = accesses.size // self.granule
         places = (accesses.offsets.astype(np.int64)[:, None] // self.granule + np.arange(each)).reshape(-1)

@@ -95,7 +95,7 @@ def parse(text: str) -> Program:
         if label := re.fullmatch(r"([$\w]+):", code):
             labels[label[1]] = len(instructions)
         elif code.endswith((";", "}")):
-            for statement in re.sub(r"^\{\s*\.reg|\}$", ".reg", code).split(";") if ".reg" in code else [code[:-1]]:
+            for statement in (re.sub(r"^\{\s*\.reg|\}$", ".reg", code) if ".reg" in code else code).split(";"):
                 if statement.strip() and not statement.strip().startswith("."):
                     instructions.append(_instruction(statement.strip(), source))
         elif code and not code.startswith((".", "//")):

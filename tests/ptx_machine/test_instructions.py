@@ -57,6 +57,9 @@ def test_fields_and_bytes() -> None:
     word = np.array([0x89ABCDEF], np.uint32)
     assert operation("bfe.u32")[1](word, np.uint32(4), np.uint32(8)) == 0xDE
     assert operation("bfe.s32")[1](word, np.uint32(4), np.uint32(8)) == 0xFFFFFFDE
+    assert (
+        operation("bfe.u64")[1](np.array([0x123456789ABCDEF0], np.uint64), np.uint32(8), np.uint32(40)) == 0x56789ABCDE
+    )
     assert operation("popc.b32")[1](word) == 20
     permute = operation("prmt.b32")[1]
     other = np.array([0x01234567], np.uint32)
@@ -65,6 +68,12 @@ def test_fields_and_bytes() -> None:
     assert operation("mad.wide.s32")[1](np.uint32([2**32 - 1]), np.uint32(8), np.uint64(20)) == 12
     assert operation("cvt.s64.s32")[1](np.uint32(2**32 - 1)) == 2**64 - 1
     assert operation("cvt.u64.u32")[1](np.uint32(2**32 - 1)) == 2**32 - 1
+
+
+def test_registers_may_be_longer_than_what_is_converted() -> None:
+    word = np.array([0x1FF80], np.uint32)
+    assert operation("cvt.s32.s8")[1](word) == 0xFFFFFF80
+    assert operation("cvt.u32.u16")[1](word) == 0xFF80
 
 
 NUMBERS = torch.tensor([0.0, -0.0, 1.0, -2.5, 3e-39, 65504.0, 7e4, 3e38, torch.inf, -torch.inf, torch.nan, 1 + 2**-8])
@@ -118,6 +127,15 @@ def test_floats(generator: torch.Generator) -> None:
 
 
 def test_what_is_not_known_is_refused() -> None:
-    for opcode in ("sad.u32", "add.sat.f32", "cvt.rz.f16.f32", "mul.hi.s64", "setp.lt.and.s32", "add.f8"):
+    for opcode in (
+        "sad.u32",
+        "add.sat.f32",
+        "cvt.rz.f16.f32",
+        "mul.hi.s64",
+        "setp.lt.and.s32",
+        "add.f8",
+        "mad.hi.sat.s32",
+        "bfe.s64",
+    ):
         with pytest.raises(KeyError):
             operation(opcode)

@@ -47,12 +47,21 @@ class Run:
 def run(seed: int):
     """A function: run lines of PTX on threads that each have a place in `values`, int32."""
 
-    def run(body: str, *, threads: int = 64, programs: int = 1, values: torch.Tensor | None = None) -> Run:
+    def run(
+        body: str,
+        *,
+        threads: int = 64,
+        programs: int = 1,
+        values: torch.Tensor | None = None,
+        shared_bytes: int | None = None,
+    ) -> Run:
         values = torch.arange(threads * programs, dtype=torch.int32) if values is None else values
         program = parse(HEAD.format(threads=threads, body=body))
         given = [np.uint64(values.data_ptr())]
         generator = np.random.default_rng(seed)
-        machine = Machine(program, (programs, 1, 1), 4 * threads, given, [("values", values)], generator)
+        machine = Machine(
+            program, (programs, 1, 1), shared_bytes or 4 * threads, given, [("values", values)], generator
+        )
         machine.run()
         return Run(machine, values)
 
@@ -101,6 +110,10 @@ $done:
     sums = torch.arange(64).mul(torch.arange(64) - 1) // 2
     expected = sums - sums.view(-1, 2).flip(1).reshape(-1)
     assert torch.equal(run(body + STORE).values, expected.int())
+
+
+def test_an_end_of_some_threads(run) -> None:
+    refused(run, "setp.lt.s32 %p1, %r1, 4;\n@%p1 ret;\n", "not known here")
 
 
 def test_a_shuffle_of_a_part_of_a_warp_is_refused(run) -> None:
@@ -207,6 +220,24 @@ def test_reads_before_the_first_write_count(run) -> None:
     refused(run, body, "writes where another thread", programs=2)
 
 
+def test_shared_memory_that_nothing_was_written_to(run) -> None:
+    refused(run, "ld.shared.b32 %r10, [%r6];\n", "nothing was written to")
+
+
+def test_matrices_are_the_whole_warps(run) -> None:
+    """Threads get other threads' rows: only a barrier of the warp is between them."""
+    body = """
+        shl.b32 %r7, %r1, 4;
+        add.s32 %r8, %r5, %r7;
+        st.shared.v4.b32 [%r8], {%r1, %r1, %r1, %r1};
+        bar.warp.sync -1;
+        ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r10}, [%r8];
+    """
+    assert torch.equal(run(body + STORE, threads=32, shared_bytes=512).values, torch.arange(32).int() // 4)
+    refused(run, without(body, "bar.warp.sync -1;"), "reads what another", threads=32, shared_bytes=512)
+    refused(run, body + "st.shared.b32 [%r8], %r10;\n", "writes where another", threads=32, shared_bytes=512)
+
+
 # --- copies to shared memory ------------------------------------------------------------------------------------------
 
 COPIES = """
@@ -232,6 +263,8 @@ def test_copies_must_be_waited_for(run) -> None:
     refused(run, body.replace("wait_group 0", "wait_group 1"), "a copy is under way")
     refused(run, without(body, "cp.async.commit_group;"), "a copy is under way")
     refused(run, without(body, "bar.sync 0;"), "reads what another thread wrote")
+    refused(run, body.replace("[ %r8 + 0 ]", "[ %r5 + 8 ]"), "no multiple of")
+    refused(run, body.replace("[ %r8 + 0 ]", "[ %r5 + 0 ]"), "different data")
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -277,6 +310,21 @@ def test_the_last_program_may_read_what_the_others_wrote(run) -> None:
     for who in ("%p1", "%p2"):  # a thread of each program, before and behind its own count
         reset = f"mov.b32 %r17, 0;\n@{who} st.global.b32 [ %rd1 + 1024 ], {{ %r17 }};\n"
         refused(run, LAST.replace("@%p2 bra", reset + "@%p2 bra"), "another thread", programs=4, values=values())
+
+
+def test_a_barrier_tells_nothing_of_another_programs_count(run) -> None:
+    body = """
+        mov.b32 %r11, 1;
+        setp.eq.s32 %p1, %r3, 0;
+        @%p1 atom.global.gpu.relaxed.add.u32 %r12, [ %rd1 + 0 ], %r11;
+        bar.sync 0;
+        setp.eq.s32 %p2, %r3, 64;
+        @%p2 ld.global.b32 { %r10 }, [ %rd1 + 0 ];
+    """
+    refused(run, body, "beside another thread's atomic", programs=2)
+    run(body.replace("%r3, 64", "%r3, 40"), programs=2)
+    twice = body.replace("bar.sync 0;", "setp.eq.s32 %p1, %r3, 40;\n" + body.splitlines()[3])
+    refused(run, twice.replace("%r3, 64", "%r3, 40"), "beside another thread's atomic")
 
 
 def test_reads_by_several_programs_come_before_a_write_of_none(run) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arithmetic import halves, joined, read
-from .order import Fault
-from .program import Address, Instruction, Register, Vector
+from .order import PROGRAM, WARP, Accesses, Fault
+from .program import Address, Instruction, Number, Register, Vector
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -68,15 +68,22 @@ def matrix_addresses(machine: Machine, address: Address, lanes: Array | None, co
     return machine.address(address, lanes).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
 
 
+def _matrices(opcode: str) -> int:
+    shape = re.fullmatch(r"(?:ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(?:\.trans)?\.shared\.b16", opcode)
+    if shape is None:
+        raise Fault("matrices that are not known here")
+    return int(shape[1])
+
+
 def load_matrix(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
     """ldmatrix: 8 by 8 fragments from shared memory; each address is of a row of 16 bytes."""
     target, address = instruction.operands
-    count = int(re.search(r"\.x(\d)", instruction.opcode)[1])  # type: ignore[index]
+    count = _matrices(instruction.opcode)
     warps = whole_warps(machine, lanes)
     rows = matrix_addresses(machine, address, lanes, count)
     # All of a warp's threads get what is read, so that each of the addresses is the warp's.
     readers = np.broadcast_to(warps[:, None, :8], rows.shape)
-    data = machine.load_shared(readers.reshape(-1), rows.reshape(-1), np.dtype(np.uint16), 8)
+    data = machine.load_shared(readers.reshape(-1), rows.reshape(-1), np.dtype(np.uint16), 8, WARP)
     data = data.reshape(len(warps), count, 8, 8)
     if ".trans" in instruction.opcode:
         data = data.swapaxes(2, 3)
@@ -87,7 +94,7 @@ def load_matrix(machine: Machine, instruction: Instruction, lanes: Array | None)
 def store_matrix(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
     """stmatrix: the opposite of ldmatrix."""
     address, source = instruction.operands
-    count = int(re.search(r"\.x(\d)", instruction.opcode)[1])  # type: ignore[index]
+    count = _matrices(instruction.opcode)
     warps = whole_warps(machine, lanes)
     rows = matrix_addresses(machine, address, lanes, count)
     data = np.zeros((len(warps), count, 8, 8), np.uint16)
@@ -97,7 +104,7 @@ def store_matrix(machine: Machine, instruction: Instruction, lanes: Array | None
     if ".trans" in instruction.opcode:
         data = data.swapaxes(2, 3)
     writers = np.broadcast_to(warps[:, None, :8], rows.shape)
-    machine.store_shared(writers.reshape(-1), rows.reshape(-1), data.reshape(-1, 8))
+    machine.store_shared(writers.reshape(-1), rows.reshape(-1), data.reshape(-1, 8), WARP)
 
 
 def multiply(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
@@ -143,6 +150,7 @@ def multiply_in_groups(machine: Machine, instruction: Instruction, lanes: Array 
         for operand, rows in ((a_operand, 64), (b_operand, columns))
     )
     d = a @ b.swapaxes(1, 2)
+    machine.accumulating -= {register.name for register in target.registers}  # one product after the other
     kept = machine.every(keep, "pred", lanes).reshape(-1, 128)[:, :1, None]
     row = 16 * np.arange(4)[:, None] + ROW  # [warps, 32]
     for block in range(columns // 8):
@@ -152,6 +160,24 @@ def multiply_in_groups(machine: Machine, instruction: Instruction, lanes: Array 
             before = machine.every(register, "b32", lanes).view(np.float32).reshape(groups, 4, 32)
             total = np.where(kept, before, np.float32(0)) + values
             machine.set(register, total.astype(np.float32).reshape(-1).view(np.uint32), lanes)
+    machine.accumulating |= {register.name for register in target.registers}
+
+
+def fence_products(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
+    """wgmma.fence, wgmma.commit_group: what they order is done in order here; whether they are there is not checked."""
+    whole_warps(machine, lanes)
+
+
+def wait_for_products(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
+    """wgmma.wait_group 0: products are done."""
+    whole_warps(machine, lanes)
+    if instruction.operands != (Number(0),):
+        raise Fault("a wait for some products is not known here")
+    machine.accumulating.clear()
+    for tile in machine.tiles:
+        now = Accesses.now(tile.lanes, tile.offsets, tile.size, machine.clocks, PROGRAM)
+        machine.shared.watched().end_read(now)
+    machine.tiles.clear()
 
 
 def _described(machine: Machine, descriptors: Array, first: Array, rows: int, kind: str) -> Array:
@@ -170,5 +196,9 @@ def _described(machine: Machine, descriptors: Array, first: Array, rows: int, ki
     bits = {128: 7, 64: 3, 32: 1}[row_bytes]
     address ^= (address >> 7 & bits) << 4
     readers = np.broadcast_to(first[:, None, None], address.shape).reshape(-1)
-    data = machine.load_shared(readers, address.reshape(-1), np.dtype(np.uint16), 8)
+    data = machine.load_shared(readers, address.reshape(-1), np.dtype(np.uint16), 8, PROGRAM)
+    offsets = address.reshape(-1) + machine.clocks.program(readers) * machine.shared_bytes
+    tile = Accesses.now(readers, offsets, 16, machine.clocks, PROGRAM)
+    machine.shared.watched().begin_read(tile)
+    machine.tiles.append(tile)
     return read(data.reshape(len(first), rows, 16), kind).astype(np.float32)
