@@ -102,6 +102,20 @@ class Specialization:
     divisible: tuple[tuple[int, bool], ...]  # by an argument's place, where Triton asks: whether it is a multiple of 16
     options: tuple[tuple[str, Any], ...]
 
+    def compile(self, capability: int) -> Any:
+        """What Triton makes of it for a compute capability (90 for 9.0).
+
+        Raises whatever Triton raises when the kernel does not compile.
+        """
+        source = ASTSource(
+            fn=self.kernel,
+            signature=dict(self.signature),
+            constexprs=dict(self.constants),
+            # Also where there is nothing to say, as Triton itself does: a launch then finds this in Triton's cache.
+            attrs={(place,): [["tt.divisibility", 16]] if is_so else [] for place, is_so in self.divisible},
+        )
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
+
 
 def specialize(launch: Launch) -> Specialization:
     """What Triton would compile for this launch: it distinguishes 1, multiples of 16 and other numbers.
@@ -134,24 +148,16 @@ def specialize(launch: Launch) -> Specialization:
 
 
 def compile_launch(launch: Launch, capability: int) -> Report:
-    """Compile one launch for a compute capability (90 for 9.0) and read its machine code.
+    """Compile one launch for a compute capability and read its machine code.
 
     Raises whatever Triton raises when the kernel does not compile.
     """
     if not isinstance(launch.kernel, triton.runtime.JITFunction):
         raise RuntimeError("kernels were defined for Triton's interpreter; unset TRITON_INTERPRET to compile them")
-    special = specialize(launch)
-    source = ASTSource(
-        fn=special.kernel,
-        signature=dict(special.signature),
-        constexprs=dict(special.constants),
-        # Also where there is nothing to say, as Triton itself does: a launch then finds this in Triton's cache.
-        attrs={(place,): [["tt.divisibility", 16]] if is_so else [] for place, is_so in special.divisible},
-    )
     with triton.knobs.compilation.scope():
         # Never from the cache: that does not notice when a device function has moved to other lines.
         triton.knobs.compilation.always_compile = True
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(special.options))
+        compiled = specialize(launch).compile(capability)
     cubin = compiled.asm["cubin"]
     usage = _tool("cuobjdump", cubin, "--dump-resource-usage")
     resources = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)

@@ -145,7 +145,7 @@ def _copy(machine: Machine, instruction: Instruction, lanes: Array | None) -> No
         words = machine.load_global(who[some], sources[some], np.dtype(np.uint32), size.bits // 4)
         data[some] = words.view(np.uint8)
     addresses = machine.shared.offsets(
-        machine._in_shared(who, machine.address(target, lanes), size.bits), np.dtype(np.uint8), size.bits
+        machine.in_shared(who, machine.address(target, lanes), size.bits), np.dtype(np.uint8), size.bits
     )
     order = np.argsort(addresses, kind="stable")
     twice = addresses[order][1:] == addresses[order][:-1]

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from aloud.benchmarks.aot import Specialization, specialize
 from aloud.kernels.launch import Launch
@@ -25,17 +23,11 @@ Array = Any
 @cache
 def compiled(special: Specialization, capability: int) -> tuple[Program, int]:
     """What Triton makes for a compute capability: the program, and how much shared memory it takes."""
-    source = ASTSource(
-        fn=special.kernel,
-        signature=dict(special.signature),
-        constexprs=dict(special.constants),
-        attrs={(place,): [["tt.divisibility", 16]] if is_so else [] for place, is_so in special.divisible},
-    )
     knobs = triton.knobs
     with TemporaryDirectory() as folder, knobs.runtime.scope(), knobs.cache.scope():
         knobs.runtime.add_stages_inspection_hook = _without_machine_code
         knobs.cache.dir = folder  # a cache of their own, so that nobody finds kernels without machine code
-        result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(special.options))
+        result = special.compile(capability)
         return parse(result.asm["ptx"]), result.metadata.shared
 
 

@@ -125,14 +125,15 @@ class Machine:
         start = self.every(address.base, "b64", lanes)
         return start.astype(np.int64) + address.offset
 
-    def _in_shared(self, lanes: Array, addresses: Array, size: int) -> Array:
+    def in_shared(self, lanes: Array, addresses: Array, size: int) -> Array:
+        """Where addresses of shared memory lie among those of all programs; raises a `Fault` outside of the own."""
         if ((addresses < 0) | (addresses + size > self.shared_bytes)).any():
             raise Fault("touches shared memory outside of the program's own")
         return addresses + self.clocks.program(lanes) * self.shared_bytes
 
     def load_shared(self, lanes: Array, addresses: Array, element: Any, count: int, together: int = ONE) -> Array:
         """Read shared memory -> [threads, count]."""
-        addresses = self._in_shared(lanes, addresses, element.itemsize * count)
+        addresses = self.in_shared(lanes, addresses, element.itemsize * count)
         watch, offsets = self.shared.watched(), self.shared.offsets(addresses, element, count)
         values = self.shared.load(lanes, addresses, element, count, together)
         if not watch.written(Accesses.now(lanes, offsets, element.itemsize * count, self.clocks)):
@@ -141,7 +142,7 @@ class Machine:
 
     def store_shared(self, lanes: Array, addresses: Array, values: Array, together: int = ONE) -> None:
         """Write values [threads, count] to shared memory."""
-        addresses = self._in_shared(lanes, addresses, values.dtype.itemsize * values.shape[1])
+        addresses = self.in_shared(lanes, addresses, values.dtype.itemsize * values.shape[1])
         self.shared.store(lanes, addresses, values, together)
 
     def load_global(self, lanes: Array, addresses: Array, element: Any, count: int) -> Array:

@@ -179,9 +179,8 @@ class Watch:
         who = np.where(beside, np.maximum(earlier[0], self._together(earlier[1], lanes)), ONE)
         self._note(self.reads, lanes, places, times, np.maximum(who, accesses.together))
 
-    def begin_read(self, accesses: Accesses) -> None:
-        """Threads have begun to read; they may go on until it is waited for."""
-        self.read(accesses)
+    def keep_reading(self, accesses: Accesses) -> None:
+        """Threads go on with what they read until it is waited for."""
         self.being_read[self._spread(accesses)[1]] = True
 
     def end_read(self, accesses: Accesses) -> None:

@@ -63,7 +63,7 @@ def reduce(machine: Machine, instruction: Instruction, lanes: Array | None) -> N
     machine.set(target, np.repeat(result, 32).view(np.uint32), lanes)
 
 
-def matrix_addresses(machine: Machine, address: Address, lanes: Array | None, count: int) -> Array:
+def _addresses_of_matrices(machine: Machine, address: Address, lanes: Array | None, count: int) -> Array:
     """Where the rows of ldmatrix and stmatrix lie: [warps, matrices, 8]."""
     return machine.address(address, lanes).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
 
@@ -80,7 +80,7 @@ def load_matrix(machine: Machine, instruction: Instruction, lanes: Array | None)
     target, address = instruction.operands
     count = _matrices(instruction.opcode)
     warps = whole_warps(machine, lanes)
-    rows = matrix_addresses(machine, address, lanes, count)
+    rows = _addresses_of_matrices(machine, address, lanes, count)
     # All of a warp's threads get what is read, so that each of the addresses is the warp's.
     readers = np.broadcast_to(warps[:, None, :8], rows.shape)
     data = machine.load_shared(readers.reshape(-1), rows.reshape(-1), np.dtype(np.uint16), 8, WARP)
@@ -96,7 +96,7 @@ def store_matrix(machine: Machine, instruction: Instruction, lanes: Array | None
     address, source = instruction.operands
     count = _matrices(instruction.opcode)
     warps = whole_warps(machine, lanes)
-    rows = matrix_addresses(machine, address, lanes, count)
+    rows = _addresses_of_matrices(machine, address, lanes, count)
     data = np.zeros((len(warps), count, 8, 8), np.uint16)
     for index, register in enumerate(source.registers):
         low, high = halves(machine.every(register, "b32", lanes).reshape(-1, 32))
@@ -199,6 +199,6 @@ def _described(machine: Machine, descriptors: Array, first: Array, rows: int, ki
     data = machine.load_shared(readers, address.reshape(-1), np.dtype(np.uint16), 8, PROGRAM)
     offsets = address.reshape(-1) + machine.clocks.program(readers) * machine.shared_bytes
     tile = Accesses.now(readers, offsets, 16, machine.clocks, PROGRAM)
-    machine.shared.watched().begin_read(tile)
+    machine.shared.watched().keep_reading(tile)
     machine.tiles.append(tile)
     return read(data.reshape(len(first), rows, 16), kind).astype(np.float32)
