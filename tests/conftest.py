@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined, so it is set before any is imported: kernels run in its interpreter,
     # or, where somebody has set it to 0, what they compile to runs in tests/ptx_machine.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-MACHINE = os.environ.get("TRITON_INTERPRET") == "0"
+MACHINE = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,14 +54,15 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        on_machine = MACHINE and item.get_closest_marker("machine") is not None
         # Markers, not keywords, which folders' names are too.
-        if item.get_closest_marker("gpu") is not None and not on_machine:
-            item.add_marker(skip)
+        is_gpus, is_machines = (item.get_closest_marker(name) is not None for name in ("gpu", "machine"))
+        if (is_gpus and torch.cuda.is_available()) or (is_machines and MACHINE):
+            continue
+        if is_gpus:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif is_machines:
+            item.add_marker(pytest.mark.skip(reason="of the machine in tests/ptx_machine: TRITON_INTERPRET=0"))
 
 
 @pytest.fixture

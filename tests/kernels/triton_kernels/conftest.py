@@ -31,7 +31,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if ON_GPU and Path(__file__).parent in item.path.parents:
+        is_machines = item.get_closest_marker("machine") is not None
+        if ON_GPU and Path(__file__).parent in item.path.parents and not is_machines:
             item.add_marker("gpu")
 
 
@@ -141,9 +142,8 @@ def assert_as_close() -> Callable[..., None]:
     """A function of (ours, the reference in the same dtype, the reference in float32).
 
     float32 must be within 1e-5 of the largest magnitude, or of 0.05 where all of it cancels: inputs are about 1, and so
-    is what an error is made of. The largest error in bfloat16 and float16 within twice that
-    which PyTorch makes in that dtype, or twice the rounding of the largest number, which it may escape by luck; if
-    `heavy_tailed`, the root of the mean square of the errors within twice PyTorch's.
+    is what an error is made of. The largest error in bfloat16 and float16 within twice that which PyTorch makes in that
+    dtype; if `heavy_tailed`, the root of the mean square of the errors within twice PyTorch's.
     """
 
     def assert_as_close(
@@ -157,9 +157,7 @@ def assert_as_close() -> Callable[..., None]:
         if ours.dtype == torch.float32:
             allowed = 1e-5 * max(wide.norm(order).item(), 0.05)
         else:
-            theirs = (same_dtype.float() - wide).norm(order).item()
-            rounding = 0.0 if heavy_tailed else torch.finfo(ours.dtype).eps / 2 * wide.abs().max().item()
-            allowed = 2 * max(theirs, rounding)
+            allowed = 2 * (same_dtype.float() - wide).norm(order).item()
         assert error <= allowed, f"off by {error:.3g}, allowed {allowed:.3g}"
 
     return assert_as_close

@@ -59,7 +59,7 @@ def prefilled(runtime: Runtime, sampling: list[Sampling]) -> tuple[CsmState, tor
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_frame_of_kernels_draws_the_references_tokens(
-    runtime: Runtime, rows: int, version: int, chain: Chain, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, rows: int, version: int, interpreted: bool, chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     greedy = Sampling(0.0, 0, 0.0, 0)
     sampling = [greedy, Sampling(0.9, 20, 0.8, 10), replace(greedy, depth_temperature=1.0)][:rows]
@@ -90,6 +90,9 @@ def test_a_frame_of_kernels_draws_the_references_tokens(
     assert torch.equal(codes, expected)
     assert (codes >= 0).all()
     assert set(launched) == set(OPERATIONS)
+    if not interpreted:
+        assert chain.written
+        assert bool(chain.read_early) == (version >= 90)  # weights, before the wait for the kernel before
     assert not chain.conflicts()
     torch.testing.assert_close(state.next_input, expected_state.next_input, rtol=1e-5, atol=1e-6)
     assert torch.equal(state.position, expected_state.position)

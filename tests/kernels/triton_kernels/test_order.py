@@ -10,19 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from triton import knobs
 
 from aloud.benchmarks.aot import specialize
 from aloud.kernels.launch import Launch
-from aloud.kernels.linear import plan_norm_swiglu
+from aloud.kernels.linear import norm_swiglu_reference, plan_norm_swiglu
 from aloud.kernels.next_code import allocate_scratch, plan_next_code
 from ptx_machine import launches
 from ptx_machine.order import Fault
 from ptx_machine.program import Program
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or knobs.runtime.interpret, reason="of the machine: TRITON_INTERPRET=0"
-)
+pytestmark = pytest.mark.machine
 
 
 def head_and_draw(random: Callable[..., torch.Tensor], version: int) -> Launch:
@@ -51,35 +48,64 @@ def head_and_draw(random: Callable[..., torch.Tensor], version: int) -> Launch:
 
 def gate_up(random: Callable[..., torch.Tensor], version: int) -> Launch:
     """A product that streams its weight through shared memory."""
-    x, gain, weight = (random(*shape, dtype=torch.bfloat16) for shape in ((16, 512), (512,), (1024, 512)))
-    return plan_norm_swiglu(x, gain, 1e-5, weight, capability=version)
+    return plan_norm_swiglu(*of_gate_up(random, rows=16, outputs=1024), capability=version)
 
 
-def without(program: Program, place: int) -> Program:
-    """The program without what one instruction is there for."""
+def wide_gate_up(random: Callable[..., torch.Tensor], version: int) -> Launch:
+    """One as large as four warps multiply together on Hopper."""
+    if version // 10 == 10:
+        pytest.skip("the machine does not know tcgen05")
+    return plan_norm_swiglu(*of_gate_up(random, rows=64, outputs=16_384), capability=version)
+
+
+def of_gate_up(random: Callable[..., torch.Tensor], rows: int, outputs: int) -> tuple[Any, ...]:
+    """What norm_swiglu takes: as much of k as all of the stages do not hold at once."""
+    x, gain, weight = (random(*shape, dtype=torch.bfloat16) for shape in ((rows, 640), (640,), (outputs, 640)))
+    return x, gain, 1e-5, weight * 640**-0.5
+
+
+def without(program: Program, places: list[int]) -> Program:
+    """The program without what instructions are there for."""
     instructions = list(program.instructions)
-    relaxed = instructions[place].opcode.replace("acq_rel", "relaxed")
-    changed = relaxed != instructions[place].opcode
-    nothing = {"opcode": "griddepcontrol.launch_dependents", "operands": (), "guard": None}
-    instructions[place] = replace(instructions[place], **({"opcode": relaxed} if changed else nothing))
+    for place in places:
+        relaxed = instructions[place].opcode.replace("acq_rel", "relaxed")
+        changed = relaxed != instructions[place].opcode
+        nothing = {"opcode": "griddepcontrol.launch_dependents", "operands": (), "guard": None}
+        instructions[place] = replace(instructions[place], **({"opcode": relaxed} if changed else nothing))
     return replace(program, instructions=tuple(instructions))
 
 
-@pytest.mark.parametrize("plan", [head_and_draw, gate_up])
+def test_products_of_warp_groups(random, version, assert_as_close) -> None:
+    launch = wide_gate_up(random, version)
+    launch.run()
+    x, gain, weight = (launch.arguments[f"{name}_ptr"] for name in ("x", "gain", "weight"))
+    same, wide = (norm_swiglu_reference(x.to(t), gain.to(t), 1e-5, weight.to(t)) for t in (x.dtype, torch.float32))
+    assert_as_close(launch.outputs[0], same, wide)
+    program, _ = launches.compiled(specialize(launch), version)
+    assert any(item.opcode.startswith("wgmma.mma_async.") for item in program.instructions) == (version // 10 == 9)
+
+
+@pytest.mark.parametrize("plan", [head_and_draw, gate_up, wide_gate_up])
 def test_what_is_left_out_is_missed(plan, random, version, monkeypatch, seed) -> None:
-    """Barriers between the first copies, which write to fresh memory, are Triton's habit and needed by nobody."""
+    """Barriers between the first copies, which write to fresh memory, are Triton's habit and needed by nobody.
+
+    Others that nobody misses stand in for each other.
+    """
     program, shared_bytes = launches.compiled(specialize(plan(random, version)), version)
-    needed = re.compile(r"bar\.|cp\.async\.wait_group|griddepcontrol\.wait|atom\..*acq_rel")
+    needed = re.compile(r"bar\.|cp\.async\.wait_group|wgmma\.wait_group|griddepcontrol\.wait|atom\..*acq_rel")
     places = [place for place, item in enumerate(program.instructions) if needed.match(item.opcode)]
     first_wait = next((p for p in places if program.instructions[p].opcode == "cp.async.wait_group"), 0)
-    unseen = []
-    for place in places:
-        changed = without(program, place)
-        monkeypatch.setattr(launches, "compiled", lambda *_, changed=changed: (changed, shared_bytes))
+
+    def is_missed(left_out: list[int]) -> bool:
+        monkeypatch.setattr(launches, "compiled", lambda *_: (without(program, left_out), shared_bytes))
         try:
             launches.run(plan(random, version), version, np.random.default_rng(seed))
         except Fault:
-            continue
-        unseen.append(place)
+            return True
+        return False
+
+    unseen = [place for place in places if not is_missed([place])]
     assert len(places) > 5
-    assert all(place < first_wait and program.instructions[place].opcode == "bar.sync" for place in unseen)
+    assert all(program.instructions[place].opcode == "bar.sync" for place in unseen)
+    later = [place for place in unseen if place > first_wait]
+    assert not later or is_missed(later)

@@ -8,21 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton import knobs
 
 from aloud import Request, Runtime, Segment
 from aloud.kernels.launch import Launch
 from oracle import csm as oracle
 from ptx_machine.launches import Chain
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or knobs.runtime.interpret, reason="of the machine: TRITON_INTERPRET=0"
-)
+pytestmark = pytest.mark.machine
 
 
 @pytest.mark.parametrize("context_seconds", [[0.3, 0.5, 0.9], [5.5]], ids=["three streams", "a long prompt"])
 def test_speech_is_the_same(
     context_seconds: list[float],
+    version: int,
     act_as_on_a_gpu: Callable[[], None],
     chain: Chain,
     monkeypatch: pytest.MonkeyPatch,
@@ -62,4 +60,6 @@ def test_speech_is_the_same(
     assert all(torch.equal(*codes) for codes in zip(ours, expected, strict=True))
     assert {"embed_prompt_kernel", "begin_frame_kernel", "end_frame_kernel", "join_output_kernel"} <= set(launched)
     assert ("rotate_qkv_kernel" in launched) == (max(context_seconds) > 5)  # around a library's products
+    assert chain.written
+    assert bool(chain.read_early) == (version >= 90)  # weights, before the wait for the kernel before
     assert not chain.conflicts()
