@@ -17,6 +17,7 @@ from aloud.api import Runtime
 from aloud.arrivals import Arrivals
 from aloud.audio import Audio
 from aloud.conversation import Conversation
+from aloud.engine.driven import join
 from aloud.engine.loop import Loop
 from aloud.engine.stream import Job, Stream
 from aloud.engine_stats import EngineStats, Rate, engine_stats
@@ -281,7 +282,7 @@ class Engine:
         self._stop.set()
         self.loop.wake()
         self._background.shutdown(wait=False)  # what waits there finds the engine closed
-        self._thread.join(timeout=self.loop.stuck_after_seconds)
+        join(self._thread, self.loop.stuck_after_seconds)
 
     def __enter__(self) -> Engine:
         return self

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 FAULT_PAUSE_SECONDS = 0.1
 LAST_STEP_SECONDS = 10.0
 """How long the end of the process waits for steps that run."""
+TIDYING_SECONDS = 1.0
+"""How long a thread that is over may still take for what libraries keep for each thread."""
 
 
 class Driven(ABC):
@@ -193,6 +195,17 @@ class Driven(ABC):
         self._changed = threading.Condition()
         if self._is_driven or self.is_run:
             self._gone = _FORKED
+
+
+def join(thread: threading.Thread, limit_seconds: float) -> None:
+    """Wait for a thread, also where the system can tell for what it does behind its last line of Python.
+
+    MKL frees a thread's memory there and holds a lock meanwhile; who forks at that moment has it held for ever.
+    """
+    thread.join(limit_seconds)
+    end = time.monotonic() + TIDYING_SECONDS
+    while not thread.is_alive() and os.path.exists(f"/proc/self/task/{thread.native_id}") and time.monotonic() < end:
+        time.sleep(0.0005)
 
 
 _ENDING = "The process ends: nothing is spoken any more. Speak before it does."

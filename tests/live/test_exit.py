@@ -209,3 +209,23 @@ def test_a_process_that_was_forked_while_nothing_ran_speaks(folder: Path) -> Non
     """
     done = ran(program, folder)
     assert done.returncode == 5, done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs to see the system's threads")
+def test_nothing_is_left_of_a_closed_engines_thread(folder: Path) -> None:
+    """Behind the last line of Python, libraries tidy up, and one that holds a lock then holds it in a fork for ever."""
+    program = """
+    import ctypes, os
+    libc = ctypes.CDLL(None)
+    key = ctypes.c_uint()
+    assert libc.pthread_key_create(ctypes.byref(key), libc.usleep) == 0  # what tidies up, and takes its time
+    engine = Engine(runtime)
+    engine.loop.listen(lambda: libc.pthread_setspecific(key, ctypes.c_void_p(300_000)))
+    engine.speak_sync("Hi.", max_seconds=0.16)
+    (thread,) = (thread.native_id for thread in threading.enumerate() if thread.name == "aloud-engine")
+    assert os.path.exists(f"/proc/self/task/{thread}")
+    engine.close()
+    sys.exit(5 + os.path.exists(f"/proc/self/task/{thread}"))
+    """
+    done = ran(program, folder)
+    assert done.returncode == 5, done.stderr
