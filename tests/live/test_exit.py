@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -45,14 +46,16 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def ran(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own; whatever takes too long hangs."""
-    return subprocess.run(
-        [sys.executable, "-c", BEGINNING + textwrap.dedent(program), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        check=False,
-    )
+    """Run a program in a process of its own; what takes too long hangs, and is ended with all that it has forked."""
+    command = [sys.executable, "-c", BEGINNING + textwrap.dedent(program), str(folder)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            output, errors = process.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 SPEAKING = """
