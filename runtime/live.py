@@ -84,6 +84,10 @@ class Engine:
             raise RequestError(f"stuck_after_seconds must be above 0 and at most 86,400, got {stuck_after_seconds!r}.")
         if session_bytes is not None and (not is_whole(session_bytes) or session_bytes < 0):
             raise RequestError(f"session_bytes must be a whole number, 0 or more, got {session_bytes!r}.")
+        if not isinstance(runtime, Runtime):
+            raise RequestError(
+                f"An Engine is made of a Runtime, got {type(runtime).__name__}: Engine(Runtime.load(...))."
+            )
         runtime.loop.check_here()
         if runtime.loop.is_run:
             raise RequestError("The runtime has an engine already. Use that one, or close it first.")

@@ -198,7 +198,7 @@ class Driven(ABC):
 
 
 def join(thread: threading.Thread, limit_seconds: float) -> None:
-    """Wait for a thread, also where the system can tell for what it does behind its last line of Python.
+    """Wait so long for a thread, and where the system shows it, for what it does behind its last line of Python.
 
     MKL frees a thread's memory there and holds a lock meanwhile; who forks at that moment has it held for ever.
     """
