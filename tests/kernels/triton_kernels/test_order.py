@@ -89,7 +89,7 @@ def test_products_of_warp_groups(random, version, assert_as_close) -> None:
 def test_what_is_left_out_is_missed(plan, random, version, monkeypatch, seed) -> None:
     """Barriers between the first copies, which write to fresh memory, are Triton's habit and needed by nobody.
 
-    Others that nobody misses stand in for each other.
+    In the widest product, others that nobody misses stand in for each other.
     """
     program, shared_bytes = launches.compiled(specialize(plan(random, version)), version)
     needed = re.compile(r"bar\.|cp\.async\.wait_group|wgmma\.wait_group|griddepcontrol\.wait|atom\..*acq_rel")
@@ -108,4 +108,5 @@ def test_what_is_left_out_is_missed(plan, random, version, monkeypatch, seed) ->
     assert len(places) > 5
     assert all(program.instructions[place].opcode == "bar.sync" for place in unseen)
     later = [place for place in unseen if place > first_wait]
-    assert not later or is_missed(later)
+    assert not later or plan is wide_gate_up
+    assert all(any(is_missed([place, other]) for other in later if other != place) for place in later)
