@@ -191,8 +191,8 @@ def read_audio(source: AudioSource, *, sample_rate: int = 24_000, max_seconds: f
         source: a NumPy array or torch tensor at `sample_rate`, or a pair (array, rate in Hz); an `Audio`; a path; the
             bytes of a file; or a binary file object, read from where it stands to its end. Files are WAV, FLAC, OGG
             or MP3. Arrays are [samples], [channels, samples] or [samples, channels]: the shorter axis is channels, at
-            most 8, and the first if both are equal. Floats are taken as they are (-1..1), integers are scaled by
-            their type's range, unsigned ones about its middle. Channels are averaged.
+            most 8, and the first if both are equal. Floats are taken as they are (-1..1), integers of up to 32 bits
+            are scaled by their type's range, unsigned ones about its middle. Channels are averaged.
         sample_rate: of the result, Hz.
         max_seconds: refuse longer audio, a file before it is decoded whole.
 
@@ -270,6 +270,11 @@ def _from_array(source: Any, rate: int, max_seconds: float | None) -> np.ndarray
         )
     check_length(max(array.shape), rate, max_seconds, "the array")
     kind = array.dtype.kind
+    if kind in "iu" and array.dtype.itemsize > 4:  # what NumPy makes of a list; scaled by that range it is silence
+        raise AudioShapeInvalid(
+            f"The array has dtype {array.dtype}, which nobody records in; give the type that the samples had, "
+            "such as int16, or floats in -1..1."
+        )
     if kind in "iu":
         half = 2.0 ** (8 * array.dtype.itemsize - 1)  # int16: 32,768 steps to 1.0
         array = array / half - (1.0 if kind == "u" else 0.0)

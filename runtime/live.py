@@ -105,7 +105,13 @@ class Engine:
             free = memory.free_bytes(runtime.model.device)
             session_bytes = (SESSION_BYTES if free is None else free) // 2
         self._caches = SessionCaches(session_bytes)
-        self._background = ThreadPoolExecutor(ENCODED_AT_ONCE, thread_name_prefix="aloud-encode")
+        self._encoders: list[threading.Thread] = []
+        self._background = ThreadPoolExecutor(
+            ENCODED_AT_ONCE,
+            thread_name_prefix="aloud-encode",
+            initializer=lambda threads: threads.append(threading.current_thread()),
+            initargs=(self._encoders,),
+        )
         self._stop = threading.Event()
         self.loop.listen(self._after_step)
         self._thread = threading.Thread(target=self._run, name="aloud-engine", daemon=True)
@@ -281,12 +287,14 @@ class Engine:
         return True
 
     def close(self) -> None:
-        """End all streams and the thread; the runtime can be used further."""
+        """End all streams and the threads; the runtime can be used further."""
         self._is_draining = True
         self._stop.set()
         self.loop.wake()
         self._background.shutdown(wait=False)  # what waits there finds the engine closed
-        join(self._thread, self.loop.stuck_after_seconds)
+        end = time.monotonic() + self.loop.stuck_after_seconds
+        for thread in (self._thread, *self._encoders):
+            join(thread, max(0.0, end - time.monotonic()))
 
     def __enter__(self) -> Engine:
         return self

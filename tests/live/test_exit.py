@@ -215,20 +215,36 @@ def test_a_process_that_was_forked_while_nothing_ran_speaks(folder: Path) -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs to see the system's threads")
-def test_nothing_is_left_of_a_closed_engines_thread(folder: Path) -> None:
+def test_nothing_is_left_of_a_closed_engines_threads(folder: Path) -> None:
     """Behind the last line of Python, libraries tidy up, and one that holds a lock then holds it in a fork for ever."""
     program = """
-    import ctypes, os
+    import asyncio, ctypes, io, os
+    import numpy, soundfile
+
     libc = ctypes.CDLL(None)
     key = ctypes.c_uint()
     assert libc.pthread_key_create(ctypes.byref(key), libc.usleep) == 0  # what tidies up, and takes its time
+    seen = {}
+
+    def tidies_up(seconds):
+        libc.pthread_setspecific(key, ctypes.c_void_p(int(seconds * 1e6)))
+        seen[threading.current_thread().name.rstrip("_0123456789")] = threading.get_native_id()
+
+    class Sound(io.BytesIO):
+        def read(self, size=-1):
+            tidies_up(0.6)  # longer than the other, so that its end is not waited for by accident
+            return super().read(size)
+
+    file = io.BytesIO()
+    soundfile.write(file, numpy.zeros(4_800), 24_000, format="WAV")
     engine = Engine(runtime)
-    engine.loop.listen(lambda: libc.pthread_setspecific(key, ctypes.c_void_p(300_000)))
-    engine.speak_sync("Hi.", max_seconds=0.16)
-    (thread,) = (thread.native_id for thread in threading.enumerate() if thread.name == "aloud-engine")
-    assert os.path.exists(f"/proc/self/task/{thread}")
+    engine.loop.listen(lambda: tidies_up(0.2))
+    context = [Segment("Hi.", Sound(file.getvalue()))]
+    asyncio.run(engine.speak("Hi.", context=context, max_seconds=0.16))
+    assert set(seen) == {"aloud-engine", "aloud-encode"}, seen
+    assert all(os.path.exists(f"/proc/self/task/{thread}") for thread in seen.values())
     engine.close()
-    sys.exit(5 + os.path.exists(f"/proc/self/task/{thread}"))
+    sys.exit(5 + sum(os.path.exists(f"/proc/self/task/{thread}") for thread in seen.values()))
     """
     done = ran(program, folder)
     assert done.returncode == 5, done.stderr
