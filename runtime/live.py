@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Literal, TypeAlias, TypeVar
 
@@ -47,6 +48,7 @@ Result = TypeVar("Result")
 LEAD_SECONDS = 0.4
 """How far a stream runs ahead of being played: what a network and a player may be late."""
 MAX_WAITING = 64
+DRAIN_POLL_SECONDS = 0.01
 ENCODED_AT_ONCE = 2
 """Audio of callers that is encoded at the same time, beside the frames of those who listen."""
 SESSION_BYTES = 2 * 1024**3
@@ -100,6 +102,7 @@ class Engine:
         self._speeches: weakref.WeakSet[LiveSpeech] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._is_draining = False
+        self._at_work = 0  # what runs and is no speech
         self._rates = Rate()
         if session_bytes is None:
             free = memory.free_bytes(runtime.model.device)
@@ -271,20 +274,34 @@ class Engine:
 
     async def drain(self, limit_seconds: float | None = None) -> bool:
         """Take no new work and wait until all that runs has ended -> whether it has, within the limit."""
-        return await asyncio.to_thread(self.drain_sync, limit_seconds)
+        is_late = self._begin_drain(limit_seconds)
+        while not (is_drained := self._is_drained()) and not is_late():
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        return is_drained
 
     def drain_sync(self, limit_seconds: float | None = None) -> bool:
         """As `drain`; blocks."""
+        is_late = self._begin_drain(limit_seconds)
+        while not (is_drained := self._is_drained()) and not is_late():
+            time.sleep(DRAIN_POLL_SECONDS)
+        return is_drained
+
+    def _begin_drain(self, limit_seconds: float | None) -> Callable[[], bool]:
+        """Take no new work -> whether to wait no longer: the limit is over, or the engine was closed meanwhile."""
         if limit_seconds is not None and not (is_number(limit_seconds) and limit_seconds >= 0):
             raise RequestError(f"limit_seconds must be a number of seconds, 0 or more, got {limit_seconds!r}.")
         self.loop.check_here()
         self._is_draining = True
-        end = None if limit_seconds is None else time.monotonic() + limit_seconds
-        while self._is_speaking() or not self.loop.is_idle:
-            if end is not None and time.monotonic() > end:
+        end = math.inf if limit_seconds is None else time.monotonic() + limit_seconds
+        return lambda: self._stop.is_set() or time.monotonic() > end
+
+    def _is_drained(self) -> bool:
+        """Whether nothing runs, if only between two pieces of its text or before its context is encoded."""
+        with self._lock:
+            if self._at_work:
                 return False
-            time.sleep(0.01)
-        return True
+            speeches = list(self._speeches)
+        return not any(speech.is_running for speech in speeches) and self.loop.is_idle
 
     def close(self) -> None:
         """End all streams and the threads; the runtime can be used further."""
@@ -310,7 +327,12 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await asyncio.to_thread(self.close)
+        # In a thread of its own: those that the event loop lends may all wait for texts.
+        closer = ThreadPoolExecutor(1, thread_name_prefix="aloud-close")
+        try:
+            await asyncio.get_running_loop().run_in_executor(closer, self.close)
+        finally:
+            closer.shutdown(wait=False)
 
     def _run(self) -> None:
         """What the thread does; in the end nobody is left waiting, also where a device was stuck until then."""
@@ -336,14 +358,30 @@ class Engine:
 
     def submit(self, job: Job) -> Stream:
         """Let a job run, if there is room for it; its frames or its end say whether there was."""
-        self._check_open()
         return self._go_on(job, is_refusable=True)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While this is held something runs, which `drain` waits for. Raises `EngineClosed`."""
+        with self._lock:
+            self._at_work += 1
+        try:
+            self._check_open()
+            yield
+        finally:
+            with self._lock:
+                self._at_work -= 1
 
     async def in_background(self, work: Callable[[], Result]) -> Result:
         """Do what blocks, to encode audio, in a thread; a few at once, so that frames keep their time."""
         self.loop.check_here()
+
+        def work_if_open() -> Result:
+            self._check_not_closed()  # it may have waited for others
+            return work()
+
         try:
-            doing = asyncio.get_running_loop().run_in_executor(self._background, work)
+            doing = asyncio.get_running_loop().run_in_executor(self._background, work_if_open)
         except RuntimeError as error:  # it has been shut down
             raise EngineClosed("The engine is closed. Make a new one.") from error
         return await doing
@@ -379,7 +417,6 @@ class Engine:
         )
 
         def begin() -> Utterance:
-            self._check_open(is_taken)
             return Utterance(
                 self.loop,
                 codec,
@@ -395,6 +432,7 @@ class Engine:
             self._arrivals_here,
             text,
             begin,
+            check_open=lambda: self._check_open(is_taken),
             begin_in=self.in_background if any(segment.audio is not None for segment in request.context) else None,
             seed=manner.seed,
             guards=manner.guards,
@@ -429,16 +467,13 @@ class Engine:
             raise EngineClosed("The engine is closed. Make a new one.")
         return stream
 
-    def _is_speaking(self) -> bool:
-        """Whether anything runs, if only between two pieces of its text."""
-        with self._lock:
-            speeches = list(self._speeches)
-        return any(speech.is_running for speech in speeches)
-
-    def _check_open(self, is_taken: bool = False) -> None:
+    def _check_not_closed(self) -> None:
         self.loop.check_here()
         if self._stop.is_set():
             raise EngineClosed("The engine is closed. Make a new one.")
+
+    def _check_open(self, is_taken: bool = False) -> None:
+        self._check_not_closed()
         if self._is_draining and not is_taken:
             raise EngineClosed("The engine is draining: it finishes what runs and takes no new work.")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -40,6 +42,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         text: Text,
         begin: Callable[[], Utterance],
         *,
+        check_open: Callable[[], None],
         begin_in: Callable[[Callable[[], Utterance]], Awaitable[Utterance]] | None,
         seed: int,
         guards: Guards,
@@ -48,6 +51,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
     ) -> None:
         """Of a function that makes the utterance.
 
+        check_open: raises where none may begin any more; asked once, with the first chunk.
         begin_in: runs that where it may block, as long as it takes to encode audio; None where it does not.
         keep_heard: is told the mark of an utterance that is over, and how many seconds of it were heard.
         """
@@ -56,10 +60,12 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         self._loop = loop
         self._arrivals = arrivals
         self._begin = begin
+        self._check_open = check_open
         self._begin_in = begin_in
         self._when_over = when_over
         self._keep_heard = keep_heard
         self._utterance: Utterance | None = None
+        self._has_begun = False
         self._is_over = False
         self._is_closed = False  # the engine, before this was over
         self._told_over = threading.Lock()  # taken once
@@ -67,6 +73,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         self._parts: Iterator[str] | None = None
         self._async_parts: AsyncIterator[str] | None = None
         self._pulling: asyncio.Future[object] | None = None  # the next part of the text, on its way
+        self._feeding: ThreadPoolExecutor | None = None  # of one thread, for an iterator that may block
         self._is_whole = isinstance(text, str)
         if isinstance(text, str):
             check_text(text)
@@ -88,7 +95,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
     @property
     def is_running(self) -> bool:
         """Whether it has begun and is not over."""
-        return self._utterance is not None and not self._is_over
+        return self._has_begun and not self._is_over
 
     @property
     def lateness_seconds(self) -> float:
@@ -100,6 +107,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         try:
             while not self._is_over:
                 if self._utterance is None:
+                    self._first_asked()
                     self._started(self._begin() if self._begin_in is None else await self._begin_in(self._begin))
                     continue
                 step = self._utterance.advance()
@@ -114,7 +122,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
                 elif self._is_whole:
                     self._feed(self._utterance)
                 else:
-                    await asyncio.to_thread(self._feed, self._utterance)
+                    await self._feed_in_thread(self._utterance)
         except BaseException as error:
             self._stop(_reason(error))
             raise
@@ -127,6 +135,7 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         try:
             while not self._is_over:
                 if self._utterance is None:
+                    self._first_asked()
                     self._started(self._begin())
                     continue
                 step = self._utterance.advance()
@@ -204,6 +213,11 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         if not getattr(self, "_is_over", True):
             self.cancel()
 
+    def _first_asked(self) -> None:
+        if not self._has_begun:
+            self._has_begun = True  # first: who drains either sees that it runs, or has said so before
+            self._check_open()
+
     def _started(self, utterance: Utterance) -> None:
         self._utterance = utterance
         if self._is_over:  # cancelled while it was being made
@@ -220,6 +234,8 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
     def _end(self) -> None:
         self._is_over = True
         self._stop_pulling()
+        if self._feeding is not None:
+            self._feeding.shutdown(wait=False)
         if self._told_over.acquire(blocking=False):
             self._when_over()
 
@@ -238,6 +254,13 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
             if utterance.has_pieces or self._is_over:
                 return
         utterance.finish_text()
+
+    async def _feed_in_thread(self, utterance: Utterance) -> None:
+        """As `_feed`, in a thread of its own: an iterator may block for long, and the event loop's threads are few."""
+        if self._feeding is None:
+            self._feeding = ThreadPoolExecutor(1, thread_name_prefix="aloud-text")
+        context = contextvars.copy_context()
+        await asyncio.get_running_loop().run_in_executor(self._feeding, context.run, self._feed, utterance)
 
     async def _arrival(self, stream: Stream) -> None:
         """Wait for a stream, and take in a part of the text if one comes meanwhile."""

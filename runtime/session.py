@@ -91,7 +91,7 @@ class Session:
 
         Its context is read now, so that the next answer need not wait for it. Raises what `Engine.stream` does.
         """
-        with self._busy():
+        with self._busy(), self._engine.at_work():
             segment = Segment(text, audio, speaker)
             # In the background for its sound alone: waiting for a slot holds no thread.
             if audio is None:
@@ -104,7 +104,7 @@ class Session:
 
     def hear_sync(self, text: str, audio: AudioSource | None = None, speaker: int = 1) -> None:
         """As `hear`; blocks."""
-        with self._busy(), self._reading(self._turn(Segment(text, audio, speaker))) as stream:
+        with self._busy(), self._engine.at_work(), self._reading(self._turn(Segment(text, audio, speaker))) as stream:
             if stream is not None:
                 self._engine.loop.wait(stream)
 

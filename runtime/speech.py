@@ -149,7 +149,7 @@ def _speak_once(loop: Loop, codec: MimiConfig, jobs: Sequence[Job], bar: _Progre
                 bar.update(1 / codec.frame_rate)
                 # Waiting for one makes frames of all, and none of them shall have to wait for room.
                 for other_parts, other in zip(received, streams, strict=True):
-                    while other is not stream and (spoken := other.take()) is not None:
+                    while other is not stream and (spoken := loop.take(other)) is not None:
                         other_parts.append(spoken)
                         bar.update(1 / codec.frame_rate)
             _check_whole(stream)

@@ -132,6 +132,7 @@ class Utterance:
             stream, self._stream = self._stream, None
             if self.finish_reason is None:
                 self.finish_reason = reason
+            self._loop.let_go(self.mark)
             if stream is not None:
                 self._loop.cancel(stream)
                 self._remember(None)  # what has been read may be more than what was handed out
@@ -174,6 +175,7 @@ class Utterance:
         # Not all that it may take at most: what it will hardly use is not worth the turns that would go for it.
         prefix, prompt = self._conversation.prompt_for(self._text, min([*bounds, round(ROOM_SECONDS * rate)]))
         room = self._conversation.room_frames(self._text)
+        is_followed = not self._text_is_over or bool(self._pieces)
         job = Job(
             prompt=prompt,
             sampling=manner.sampling,
@@ -185,7 +187,9 @@ class Utterance:
             lead_seconds=manner.lead_seconds,
             plays_at=self._plays_at(),
             goes_on=self._began > 0,
-            keeps_cache=self._keeps_context or not self._text_is_over or bool(self._pieces),
+            utterance=self.mark,
+            is_followed=is_followed,
+            keeps_cache=self._keeps_context or is_followed,
         )
         self._stream = self._run_job(job, is_refusable=self._began == 0)
 
@@ -226,12 +230,14 @@ class Utterance:
         self._last_reason = reason
         if self._manner.max_frames is not None and self._frames >= self._manner.max_frames:
             self.finish_reason = "length"
+            self._loop.let_go(self.mark)
         elif not self._pieces and self._text_is_over:
             self._end()
 
     def _end(self) -> None:
         """All pieces have been spoken."""
         self.finish_reason = self._last_reason or "end"
+        self._loop.let_go(self.mark)
         if self._began == 0:
             raise TextEmpty("There is no text to say. Give at least one letter.")
         if self._frames == 0:

@@ -6,6 +6,7 @@ Whatever a step raises here, of any class, is the error of the one stream that i
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,10 +20,22 @@ from aloud.engine.guards import Watches
 from aloud.engine.scheduler import Scheduler, SchedulerConfig
 from aloud.engine.steps import Launched, Reading, Steps
 from aloud.engine.stream import Prefix, Stream, Suspended
-from aloud.engine.waiting import WaitingLine, is_live
+from aloud.engine.waiting import WaitingLine, is_live, rank
 from aloud.errors import AloudError, OutOfMemory, Overloaded, StepFailed
 
 logger = logging.getLogger(__name__)
+KEPT_SECONDS = 0.5
+"""For how long a slot is kept for the next piece of an utterance whose listener has played the one before: who asks for
+more only then shall have it as soon as it can be made."""
+
+
+@dataclass
+class Kept:
+    """A slot between two pieces of an utterance that plays in real time."""
+
+    slot: int
+    until: float  # by the loop's clock
+    next: Stream | None = None  # once it has come
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,7 @@ class Admission(Driven):
         self._free = deque(range(slots))
         self._inbox: deque[Stream] = deque()  # new ones and cancelled ones; appending needs no lock
         self._waiting = WaitingLine()  # for a slot
+        self._kept: dict[object, Kept] = {}  # by utterance
         self.failed_in_a_row = 0  # steps, since the last one that did not fail
         self._reading: deque[Stream] = deque()  # whose prompts are not yet read
         self._held: list[Stream] = []  # that wait for their frames to be taken
@@ -94,6 +108,8 @@ class Admission(Driven):
     # --- who comes ----------------------------------------------------------------------------------------------------
 
     def _take_inbox(self) -> None:
+        if self._kept:
+            self._let_go_late(self._clock())
         while self._inbox:
             stream = self._inbox.popleft()
             if not stream.cancelled:
@@ -101,6 +117,8 @@ class Admission(Driven):
                 if refusal is None:
                     self.counts.accepted += 1
                     self._waiting.add(stream)
+                    if (kept := self._kept.get(stream.job.utterance)) is not None:
+                        kept.next = stream
                 else:
                     self.counts.refused += 1
                     stream.error = refusal
@@ -120,6 +138,7 @@ class Admission(Driven):
                 f"{without_slot} requests wait for a stream already. Ask again later.", retry_after_seconds=1.0
             )
         starting = sum(other.job.lead_seconds is not None for other in (*self._waiting, *self._reading))
+        starting += sum(kept.next is None for kept in self._kept.values())
         after = self.scheduler.retry_after(self._clock(), stream.job.lead_seconds, starting)
         if after is None:
             return None
@@ -131,27 +150,62 @@ class Admission(Driven):
         """Give slots to streams that wait for one."""
         if not self._waiting.count and not self._giving:
             return
+        for utterance, kept in [item for item in self._kept.items() if item[1].next is not None]:
+            assert kept.next is not None
+            del self._kept[utterance]
+            self._waiting.remove(kept.next)
+            self._begin(kept.next, kept.slot)
         self._make_room()
         while self._free and self._waiting.count:
-            stream = self._waiting.pop()
-            job, slot = stream.job, self._free.popleft()
-            stream.slot = slot
-            self._streams[slot] = stream
-            if stream.suspended is not None:
-                self._go_on(stream, stream.suspended)
-                continue
-            self._made[slot] = 0
-            self._to_launch[slot] = self._max_frames[slot] = job.max_frames
-            self._watches.start(slot, job.guards, job.text_limit_frames)
-            try:
-                self._steps.start(slot, job.sampling, job.seed, job.positions)
-                if job.prefix is not None:
-                    self.counts.with_prefix += 1
-                    self._steps.paste_prefix(slot, job.prefix.cache, job.prefix.positions)
-            except Exception as error:
-                self._fail(stream, error)
-            else:
-                self._reading.append(stream)
+            self._begin(self._waiting.pop(), self._free.popleft())
+
+    def _begin(self, stream: Stream, slot: int) -> None:
+        """Let a stream that has waited have a slot."""
+        job = stream.job
+        stream.slot = slot
+        self._streams[slot] = stream
+        if stream.suspended is not None:
+            self._go_on(stream, stream.suspended)
+            return
+        self._made[slot] = 0
+        self._to_launch[slot] = self._max_frames[slot] = job.max_frames
+        self._watches.start(slot, job.guards, job.text_limit_frames)
+        try:
+            self._steps.start(slot, job.sampling, job.seed, job.positions)
+            if job.prefix is not None:
+                self.counts.with_prefix += 1
+                self._steps.paste_prefix(slot, job.prefix.cache, job.prefix.positions)
+        except Exception as error:
+            self._fail(stream, error)
+            return
+        # Behind all that go before it or with it: what is being played does not wait for newcomers' prompts.
+        place = len(self._reading)
+        while place and rank(self._reading[place - 1]) > rank(stream):
+            place -= 1
+        self._reading.insert(place, stream)
+
+    # --- slots between two pieces -------------------------------------------------------------------------------------
+
+    def let_go(self, utterance: object) -> None:
+        """Nothing more comes of an utterance, for which a slot may be kept; from any thread."""
+        kept = self._kept.get(utterance)
+        if kept is not None:
+            kept.until = -math.inf
+            self.wake()
+
+    def _keep_slot(self, stream: Stream) -> None:
+        """Where another piece may come, keep the slot for as long as this one is played."""
+        job = stream.job
+        if job.is_followed and job.lead_seconds is not None:
+            until = self.scheduler.plays_until(stream.slot, self._clock()) + KEPT_SECONDS
+            self._kept[job.utterance] = Kept(stream.slot, until)
+
+    def _let_go_late(self, now: float) -> None:
+        """Free the slots that have been kept for long enough, or for what was cancelled."""
+        for utterance, kept in list(self._kept.items()):
+            if kept.until <= now if kept.next is None else kept.next.is_over:
+                del self._kept[utterance]
+                self._free.append(kept.slot)
 
     # --- who gives a slot away ----------------------------------------------------------------------------------------
 
@@ -239,6 +293,7 @@ class Admission(Driven):
             self.counts.cancelled += 1
         else:
             self.counts.finished += 1
+            self._keep_slot(stream)  # before it is known to be over, and `let_go` may be called
         stream.finish_reason = reason
         self._release(stream)
 
@@ -258,7 +313,9 @@ class Admission(Driven):
             stream.lateness_seconds = self.scheduler.lateness(slot)
             self.scheduler.stop(slot)
             self._streams[slot] = None
-            self._free.append(slot)
+            kept = self._kept.get(stream.job.utterance)
+            if kept is None or kept.slot != slot:
+                self._free.append(slot)
 
 
 def _can_give(stream: Stream | None) -> bool:

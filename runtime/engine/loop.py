@@ -6,6 +6,7 @@ One tick is `Loop.step`; see `Driven` for who takes it. Everything else may be c
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,6 +58,7 @@ class Loop(Admission):
                             stream.cancelled = True
                             self._inbox.append(stream)
                     self._take_inbox()
+                    self._let_go_late(math.inf)
                     return
             self.check_stuck()
 
@@ -105,7 +107,7 @@ class Loop(Admission):
     @property
     def is_idle(self) -> bool:
         """Whether no stream waits or runs."""
-        return not self._inbox and not self._waiting.count and len(self._free) == len(self._streams)
+        return not self._inbox and not self._waiting.count and not self.used_slots
 
     @property
     def waiting(self) -> int:
@@ -115,7 +117,7 @@ class Loop(Admission):
     @property
     def used_slots(self) -> int:
         """Slots that have a stream."""
-        return len(self._streams) - len(self._free)
+        return len(self._streams) - len(self._free) - len(self._kept)
 
     @property
     def slots(self) -> int:
@@ -140,6 +142,9 @@ class Loop(Admission):
             return 0.0
         now = self._clock()
         wake_at = self.scheduler.wake_at(now)
+        if self._kept and self._waiting.count:
+            let_go_at = min(kept.until for kept in self._kept.values())
+            wake_at = let_go_at if wake_at is None else min(wake_at, let_go_at)
         return None if wake_at is None else max(0.001, wake_at - now)
 
     def _resume(self) -> None:
@@ -330,6 +335,7 @@ class Loop(Admission):
         for stream in [stream for stream in self._streams if stream is not None]:
             self._waiting.remove(stream)  # where the step was left while it was being suspended
             self._fail(stream, error)
+        self._let_go_late(math.inf)
 
 
 def _has_room(stream: Stream) -> bool:

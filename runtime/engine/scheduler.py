@@ -347,6 +347,12 @@ class Scheduler:
         """The most that a frame of the slot's stream was late, seconds; kept after its end, until the slot starts."""
         return float(self._lateness[slot])
 
+    def plays_until(self, slot: int, now: float) -> float:
+        """When a listener has played all that the slot's stream has been delivered; `now` if that has been."""
+        if not self._playing[slot]:
+            return now
+        return max(now, float(self._origin[slot] + self._delivered[slot] * self._frame_seconds))
+
     def statistics(self) -> SchedulerStatistics:
         """Streams now, frames and lateness so far; percentiles are upper edges of the histogram's bins."""
         histogram = self._histogram.copy()  # others read while it grows

@@ -39,6 +39,8 @@ class Job:
     lead_seconds: float | None = None  # how far to run ahead of playing in real time; None: as fast as it goes
     goes_on: bool = False  # whether it continues what has begun: it goes before all that have not
     plays_at: float | None = None  # by the loop's clock: when its first frame is due, if it continues what is played
+    utterance: object | None = None  # which other jobs are pieces of as well, known by being the same object
+    is_followed: bool = False  # whether another piece may come, for which a slot is kept while this one is played
     keeps_cache: bool = False  # whether what has been read is wanted in the end: `Stream.prefix`
 
     @property

@@ -33,17 +33,17 @@ class WaitingLine:
 
     def add(self, stream: Stream) -> None:
         """At the end of its rank."""
-        self._by_rank[_rank(stream)].append(stream)
+        self._by_rank[rank(stream)].append(stream)
         self.count += 1
 
     def put_back(self, stream: Stream) -> None:
         """At the beginning of its rank."""
-        self._by_rank[_rank(stream)].appendleft(stream)
+        self._by_rank[rank(stream)].appendleft(stream)
         self.count += 1
 
     def remove(self, stream: Stream) -> None:
         """Wherever it stands, if it does."""
-        of_rank = self._by_rank[_rank(stream)]
+        of_rank = self._by_rank[rank(stream)]
         if stream in of_rank:
             of_rank.remove(stream)
             self.count -= 1
@@ -70,6 +70,7 @@ def is_live(stream: Stream) -> bool:
     return stream.job.lead_seconds is not None or stream.job.max_frames == 0
 
 
-def _rank(stream: Stream) -> int:
+def rank(stream: Stream) -> int:
+    """0 to 3; the lower goes first, to a slot and with its prompt."""
     has_begun = stream.job.goes_on or stream.suspended is not None
     return 2 * (not is_live(stream)) + (not has_begun)

@@ -6,17 +6,21 @@ import asyncio
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from aloud import Audio, Engine, errors
+from aloud import Audio, Engine, Segment, errors
 from aloud.arrivals import CHECK_SECONDS
 from aloud.engine.stream import Stream
 from aloud.live_speech import LiveSpeech
+from aloud.request import Prompt
 from live.quick import LIMIT_SECONDS, Held, codes_of, is_empty, run, until
+from scripted import CODEBOOKS
 
 HELLO = "Hello there how are you today?"
 LONG = "One thing follows from another, as it does. " * 4  # in pieces
@@ -309,3 +313,76 @@ def test_an_engine_with_a_stuck_device_can_be_closed(held: Held) -> None:
     assert is_empty(held.runtime.loop)
     held.runtime.loop.stuck_after_seconds = LIMIT_SECONDS
     np.testing.assert_array_equal(held.runtime.speak(HELLO, seed=1).codes, held.expected(HELLO, 1))
+
+
+def test_draining_waits_for_what_is_being_encoded_and_lets_it_finish(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = Segment("As I said.", np.zeros(8, np.float32))
+    encoding = threading.Event()
+    reading = 0
+
+    def read_turns(model: Any, tokenizer: Any, segments: Sequence[Segment], **_: int) -> list[Prompt]:
+        nonlocal reading
+        reading += 1
+        assert encoding.wait(LIMIT_SECONDS)
+        return [Prompt(torch.arange(3), torch.zeros(3, CODEBOOKS, dtype=torch.int64)) for _ in segments]
+
+    for module in ("live", "session"):
+        monkeypatch.setattr(f"aloud.{module}.read_turns", read_turns)
+
+    async def drained(engine: Engine) -> None:
+        speaking = asyncio.ensure_future(_all_of(engine.stream(HELLO, seed=1, context=[sound])))
+        session = engine.session()
+        hearing = asyncio.ensure_future(session.hear("Hm.", sound.audio))
+        asked_later = engine.stream(HELLO, seed=1)
+        await asyncio.to_thread(until, lambda: reading == 2)
+        assert not await engine.drain(0.05)
+        encoding.set()
+        assert await engine.drain(LIMIT_SECONDS)
+        assert speaking.done()
+        assert hearing.done()
+        assert len(await speaking) > 0
+        assert len(session.turns) == 1
+        for late in (_all_of(asked_later), session.hear("Too late.")):
+            with pytest.raises(errors.EngineClosed, match="draining"):
+                await late
+
+    with Engine(held.runtime) as engine:
+        run(drained(engine))
+
+
+@pytest.mark.parametrize("how", ["closed", "cancelled"])
+def test_draining_for_what_nobody_takes_can_be_given_up(held: Held, how: str) -> None:
+    """And then no thread is left that waits on."""
+
+    async def drained(engine: Engine) -> None:
+        speech = engine.stream(HELLO, seed=1)
+        await anext(speech)
+        if how == "cancelled":
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(engine.drain(), 0.05)
+            return
+        draining = asyncio.ensure_future(engine.drain())
+        blocking = asyncio.ensure_future(asyncio.to_thread(engine.drain_sync))
+        await asyncio.sleep(0.05)
+        assert not draining.done()
+        await asyncio.to_thread(engine.close)
+        assert await asyncio.gather(draining, blocking) == [False, False]
+
+    with Engine(held.runtime) as engine:
+        run(drained(engine))
+
+
+def test_closing_needs_none_of_the_threads_that_the_event_loop_lends(held: Held) -> None:
+    async def closed() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        until_closed = threading.Event()
+        waiting = asyncio.ensure_future(asyncio.to_thread(until_closed.wait, LIMIT_SECONDS))
+        async with Engine(held.runtime) as engine:
+            assert len(await _all_of(engine.stream(HELLO, seed=1))) > 0
+            assert await engine.drain(LIMIT_SECONDS)
+        until_closed.set()
+        assert await waiting
+
+    run(closed())

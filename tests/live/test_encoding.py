@@ -48,6 +48,14 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Encoder]:
     encoder.open.set()
 
 
+def is_closed(engine: Engine) -> bool:
+    try:
+        engine.check_health()
+    except errors.EngineClosed:
+        return True
+    return False
+
+
 async def said(engine: Engine, seed: int, context: Sequence[Segment] = ()) -> int:
     return len([chunk async for chunk in engine.stream("Hello there.", seed=seed, context=context)])
 
@@ -94,10 +102,13 @@ def test_who_waits_for_its_turn_is_told_that_the_engine_is_closed(encoder: Encod
         hearing = asyncio.ensure_future(engine.session().hear("Hm.", np.zeros(8, np.float32)))
         await asyncio.to_thread(until, lambda: encoder.now == ENCODED_AT_ONCE)
         session = engine.session()
-        await asyncio.to_thread(engine.close)
-        encoder.open.set()
+        closing = asyncio.ensure_future(asyncio.to_thread(engine.close))
+        await asyncio.to_thread(until, lambda: is_closed(engine))
         with pytest.raises(errors.EngineClosed):
             await session.hear("Too late.", np.zeros(8, np.float32))
+        encoder.open.set()  # what is being encoded is waited for
+        await closing
+        assert encoder.all == ENCODED_AT_ONCE, "nobody waits for the others' any more"
         return await asyncio.gather(*speeches, hearing, return_exceptions=True)
 
     results = run(close(Engine(quick_runtime(QuickSteps(2), 2))))

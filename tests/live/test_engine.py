@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from aloud import Audio, Engine, Segment, errors
+from aloud import Audio, Engine, Request, Segment, errors
 from aloud.arrivals import Arrivals
 from aloud.engine.loop import Loop
 from aloud.engine.stream import BUFFERED_FRAMES, Stream
-from live.quick import LIMIT_SECONDS, Held, QuickSteps, codes_of, is_empty, quick_job, run, until
+from live.quick import LIMIT_SECONDS, Held, QuickSteps, codes_of, is_empty, quick_job, quick_runtime, run, until
 from scripted import FRAME_RATE
 
 HELLO = "Hello there how are you today?"
@@ -76,6 +76,32 @@ def test_the_ways_to_say_what_ends_it(held: Held) -> None:
         never = engine.stream(LONG)
         never.close()
         assert (never.finish_reason, list(never)) == ("cancelled", [])
+
+
+def test_a_batch_ends_beside_an_engine_that_takes_one_of_its_slots_for_a_while() -> None:
+    """The other's frames are taken while the first has no slot; that there is room for more is told to the engine."""
+    steps = QuickSteps(2)
+    steps.length_of = lambda _: 1000
+    runtime = quick_runtime(steps, 2)
+    with Engine(runtime) as engine:
+        live: list[Stream] = []
+
+        def before() -> None:
+            time.sleep(0.0005)
+            if steps.launches == 8 and not live:
+                live.append(engine.loop.submit(quick_job(9, max_frames=10, lead_seconds=0.4)))
+
+        steps.before_launch = before
+        batch = [Request("One.", seed=1, max_seconds=10 * 0.08), Request("Two.", seed=2, max_seconds=200 * 0.08)]
+        with ThreadPoolExecutor(1) as thread:
+            speaking = thread.submit(runtime.speak_batch, batch)
+            try:
+                audios = speaking.result(LIMIT_SECONDS)
+            finally:
+                engine.close()  # which ends it in any case
+        assert engine.stats().suspensions == 1
+    assert [len(audio.codes) for audio in audios if audio.codes is not None] == [10, 200]
+    assert not steps.wrong
 
 
 def test_two_event_loops_and_threads_share_one_engine(held: Held) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -693,3 +695,35 @@ def test_a_sync_text_may_block_in_another_thread(quick: Engine, seed: int) -> No
     was_heard.set()
     thread.join(LIMIT_SECONDS)
     assert_same(received, list(quick.stream("Well, good morning. I think so.", seed=seed, pace="full")))
+
+
+def test_texts_that_block_keep_no_other_from_being_spoken(quick: Engine, seed: int) -> None:
+    """More of them than the event loop lends threads."""
+
+    async def speak() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        thought = threading.Event()
+        where = contextvars.ContextVar("where", default="nowhere")
+        seen: list[str] = []
+
+        def llm() -> Iterator[str]:
+            yield "Well, good morning. I "
+            assert thought.wait(LIMIT_SECONDS)
+            seen.append(where.get())
+            yield "think so."
+
+        where.set("here")
+        blocked = [asyncio.create_task(heard(quick.stream(llm(), seed=seed, pace="full"))) for _ in range(5)]
+        while quick.stats().finished < 5:
+            await asyncio.sleep(0.001)
+        before = threading.active_count()
+        assert len(await heard(quick.stream(iter(["Others ", "speak."]), seed=seed, pace="full"))) > 0
+        thought.set()
+        expected = list(quick.stream("Well, good morning. I think so.", seed=seed, pace="full"))
+        for chunks in await asyncio.gather(*blocked):
+            assert_same(chunks, expected)
+        assert seen == ["here"] * 5
+        while threading.active_count() > before - 5:  # their threads end with them
+            await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(speak(), LIMIT_SECONDS))
