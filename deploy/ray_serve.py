@@ -74,7 +74,7 @@ def application(serving: Serving) -> Any:
         keys = read_keys(Path(serving.api_key_file)) if serving.api_key_file else ()
         engine = Engine(Runtime.load(serving.model, device=serving.device, max_streams=serving.max_streams))
         voices, sessions = (Path(folder) if folder else None for folder in (serving.voices, serving.sessions))
-        made = create_app(engine, Settings(serving.model, keys=keys, voices=voices, sessions=sessions))
+        made = create_app(engine, Settings(keys=keys, voices=voices, sessions=sessions))
         made.state.engine = engine
         return made
 

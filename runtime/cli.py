@@ -126,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--sessions", type=Path, metavar="DIR", help="where sessions are kept, also for other servers (default: memory)"
     )
-    serve.add_argument("--max-streams", type=int, help="streams at once (default: what fits, at most 256)")
+    serve.add_argument(
+        "--max-streams", type=int, help="streams at once (default: what fits, at most 256; on a CPU, 16)"
+    )
     serve.add_argument("--max-positions", type=int, help="context of a stream (default: the model's)")
     serve.add_argument("--max-waiting", type=int, default=64, help="requests that may wait for a stream (default: 64)")
     serve.add_argument(
@@ -147,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("model", help="hub name or folder")
     warm.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     warm.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    warm.add_argument("--max-streams", type=int, help="as it will be loaded (default: what fits, at most 256)")
+    warm.add_argument(
+        "--max-streams", type=int, help="as it will be loaded (default: what fits, at most 256; on a CPU, 16)"
+    )
     warm.add_argument("--max-positions", type=int, help="as it will be loaded (default: the whole context)")
 
     random = commands.add_parser("random", parents=[common], help="write a checkpoint of random weights: noise")
@@ -294,7 +298,6 @@ def _serve(parsed: argparse.Namespace) -> int:
     sockets = bind(parsed.host, parsed.port)
     hosts = () if keys else own_names(parsed.host)
     settings = Settings(
-        parsed.model,
         keys=keys,
         hosts=hosts,
         voices=parsed.voices,

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 import aloud
 from aloud import Runtime
 from aloud.cli import _parser, main
+from aloud.engine.slots import MOST_STREAMS
 from oracle import csm as oracle
 
 NOWHERE = "nobody/no-such-model"
@@ -280,6 +281,12 @@ def test_help_goes_to_standard_output(command: list[str], capsys: pytest.Capture
     status, out, err = run([*command, "--help"], capsys)
     assert (status, err) == (0, "")
     assert out.startswith(f"usage: {' '.join(['aloud', *command])}")
+
+
+@pytest.mark.parametrize("command", ["serve", "warm"])
+def test_help_says_how_many_streams_there_are(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = " ".join(run([command, "--help"], capsys)[1].split())
+    assert f"(default: what fits, at most {MOST_STREAMS['cuda']}; on a CPU, {MOST_STREAMS['cpu']})" in out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

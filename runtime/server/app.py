@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -50,7 +51,9 @@ SessionId = Annotated[str, Path(json_schema_extra={"pattern": f"^{SESSION_ID.pat
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """The server's application; the engine stays the caller's to close."""
+    settings = replace(settings, model=settings.model or engine.runtime.name)
     registry = Registry(engine.runtime, settings)
+    registry.warn()
     sessions = Sessions(engine, registry, settings)
     metrics = Metrics(engine)
     encoders = Encoders(engine.runtime.sample_rate)
@@ -77,6 +80,7 @@ def _speech_routes(
 ) -> APIRouter:
     router = APIRouter(generate_unique_id_function=openapi.operation_id)
     refusals = openapi.refusals(400, 404, 408, 409, 422, 429, 503)
+    described = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "aloud"}
 
     @router.post("/v1/audio/speech", response_class=Response, responses=openapi.SPEECH | refusals)
     async def speech(body: SpeechBody, request: Request) -> Response:
@@ -99,7 +103,16 @@ def _speech_routes(
     @router.get("/v1/models", responses=openapi.answer(openapi.ModelList))
     async def models() -> dict[str, Any]:
         """The one model."""
-        return {"object": "list", "data": [{"id": settings.model, "object": "model", "owned_by": "aloud"}]}
+        return {"object": "list", "data": [described]}
+
+    # Names on the hub have a slash.
+    @router.get("/v1/models/{model_id:path}", responses=openapi.answer(openapi.ModelRecord) | openapi.refusals(404))
+    async def model(model_id: str) -> dict[str, Any]:
+        """The model, by its name."""
+        if model_id != settings.model:
+            message = "There is no model of that name. GET /v1/models says which there is."
+            raise Problem(404, message, "model_not_found", "model")
+        return described
 
     return router
 
@@ -180,7 +193,10 @@ def _session_routes(engine: Engine, settings: Settings, sessions: Sessions) -> A
         openapi_extra=openapi.json_body(openapi.SessionContent),
     )
     async def restore_session(session_id: SessionId, request: Request) -> dict[str, Any]:
-        """Rebuild a session."""
+        """Rebuild a session, in place of what there is of it.
+
+        One in which the user speaks first begins with `{"version": 1, "voice": "alloy", "turns": []}`.
+        """
         try:
             content = json.loads(await request.body())
             openapi.SessionContent.model_validate(content, strict=True)
@@ -206,7 +222,10 @@ def _session_routes(engine: Engine, settings: Settings, sessions: Sessions) -> A
         ),
     )
     async def hear(session_id: SessionId, request: Request) -> dict[str, Any]:
-        """A turn of somebody else: multipart fields text, speaker, and audio, if there is any."""
+        """A turn of somebody else: multipart fields text, speaker, and audio, if there is any.
+
+        The session must be there: `PUT /v1/sessions/{session_id}` begins one in which nothing was said yet.
+        """
         async with _form(request, fields) as form:
             text = _text(form, "text", settings.limits.text_characters)
             speaker = _text(form, "speaker", 3, "1")

@@ -26,6 +26,8 @@ OPEN_PREFIX = "/health/"
 """What needs no key: whoever watches over the process has none."""
 SAFE_METHODS = ("GET", "HEAD")
 """What a page of another site may ask for: nothing is changed by it, and browsers do not let the page read it."""
+HANDSHAKES = {"websocket.accept": 101, "websocket.close": 403}
+"""The status that a WebSocket's handshake is answered with, by the first message that is sent on it."""
 EVERYBODY = "everybody"
 """The owner of what is made on a server without keys."""
 
@@ -54,6 +56,8 @@ class Gate:
             if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+            elif status == 0 and message["type"] in HANDSHAKES:
+                status = HANDSHAKES[message["type"]]
             await send(message)
 
         try:

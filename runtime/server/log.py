@@ -20,6 +20,11 @@ def write(**line: Any) -> None:
     logger.info(json.dumps({"request_id": REQUEST_ID.get()} | line))
 
 
+def warn(warning: str, **line: Any) -> None:
+    """What whoever runs the server should see to, in a sentence."""
+    logger.warning(json.dumps({"request_id": REQUEST_ID.get(), "warning": warning} | line))
+
+
 def write_fault(error: BaseException, **line: Any) -> None:
     """What went wrong: its kind and where, innermost last, but not its message, which may quote a text."""
     places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]

@@ -50,7 +50,7 @@ class Metrics:
         )
         self.real_time_factor = Histogram(
             "aloud_real_time_factor",
-            "Seconds taken for a second of audio.",
+            "Seconds of a whole answer, waiting included, for a second of its audio; long ones are paced, and near 1.",
             buckets=FACTOR_BUCKETS,
             registry=self._registry,
         )

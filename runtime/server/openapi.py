@@ -17,7 +17,7 @@ REASONS = {
     400: "Something of the request is wrong; the message says what, `param` where.",
     401: "A key is needed.",
     403: "A page of another site asks, or the server does not answer to the name in Host.",
-    404: "There is no such voice or session.",
+    404: "There is no such voice, session or model.",
     408: "The body did not come in time.",
     409: "It is there already, it is busy, or it is another than was asked for.",
     413: "The body is too large.",
@@ -53,6 +53,7 @@ class ModelRecord(BaseModel):
 
     id: str
     object: Literal["model"]
+    created: int  # when it was loaded, in seconds since 1970
     owned_by: str
 
 
@@ -138,7 +139,8 @@ class SpeechFailed(BaseModel):
 
 EVENTS = (SpeechDelta, SpeechDone, SpeechFailed)
 SHAPES: tuple[type, ...] = (
-    ErrorAnswer, ModelList, VoiceList, ListedVoice, VoiceDeleted, SessionContent, SessionStats, Alive, Ready, *EVENTS
+    ErrorAnswer, ModelRecord, ModelList, VoiceList, ListedVoice, VoiceDeleted, SessionContent, SessionStats, Alive,
+    Ready, *EVENTS
 )  # fmt: skip
 BINARY = {"type": "string", "format": "binary"}
 SEED = {"description": "The seed that was used.", "schema": {"type": "string", "pattern": "^[0-9]+$"}, "required": True}

@@ -11,7 +11,10 @@ conversation. Audio is 16-bit little-endian mono at the model's rate, which is 2
 | `response.create` | speak: `response.created`, `response.output_audio.delta` for each 80 ms, `response.done` |
 | `response.cancel` | stop at once; the `response.done` that follows says `cancelled` |
 
-Everything else is answered by one `error`.
+Of what else Realtime has, `input_audio_buffer.*`, `output_audio_buffer.clear` and `conversation.item.truncate`,
+`.delete` and `.retrieve` are answered by one `error` at the first of each type, and ignored from then on: a client may
+send its microphone. Everything else is answered by one `error` each. After 100 messages that were wrong or refused, in
+all (`SocketLimits.errors`), the socket is closed with code 1008.
 
 When the server stops, the response that is being spoken is spoken to its end, everything new to say is answered by an
 `error`, and the socket is closed with code 1012.
@@ -34,7 +37,16 @@ from aloud.server.connection import Connection, Door, SocketLimits
 from aloud.server.encode import FORMATS, encoder
 from aloud.server.metrics import Metrics, Progress
 from aloud.server.problems import Problem, problem_of, refuse
-from aloud.server.realtime_events import EVENT, MAX_ITEMS, EventHead, Item, ResponseFields, SessionAudio, SessionFields
+from aloud.server.realtime_events import (
+    EVENT,
+    MAX_ITEMS,
+    UNSERVED,
+    EventHead,
+    Item,
+    ResponseFields,
+    SessionAudio,
+    SessionFields,
+)
 from aloud.server.settings import Settings
 from aloud.server.voices import Registry
 from aloud.session import Session
@@ -89,6 +101,7 @@ class RealtimeSocket:
         self._items: list[str] = []  # texts that wait to be spoken
         self._last_item: str | None = None  # id
         self._asked_by: str | None = None  # the event that is being answered
+        self._ignored: set[str] = set()  # types of unserved events of which the client has been told
         self._response: Response | None = None
 
     async def run(self) -> None:
@@ -110,6 +123,9 @@ class RealtimeSocket:
         self._asked_by = None
         head = TypeAdapter(EventHead).validate_json(text)
         self._asked_by = head.event_id
+        if head.type in UNSERVED:
+            await self._ignore(head.type)
+            return
         if head.type not in ("session.update", "conversation.item.create", "response.create", "response.cancel"):
             raise Problem(400, "This server only speaks: it does not know this event.", "unknown_event", "type")
         event = EVENT.validate_json(text)
@@ -126,6 +142,14 @@ class RealtimeSocket:
                 if self._response is None or event.response_id not in (None, self._response.id):
                     raise Problem(400, "Nothing is being spoken.", "response_cancel_not_active")
                 await self._response.stop()
+
+    async def _ignore(self, event_type: str) -> None:
+        """Say once that nothing is done with events of a type; it is no wrong message, of which there is a bound."""
+        if event_type in self._ignored:
+            return
+        self._ignored.add(event_type)
+        message = f"This server only speaks: it ignores {event_type}, and says so only once."
+        await self._connection.send(self._error(Problem(400, message, "event_ignored", "type")))
 
     async def _update(self, fields: SessionFields) -> None:
         await self._set_voice(fields.audio)

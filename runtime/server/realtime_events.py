@@ -8,6 +8,18 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 MAX_ITEMS = 256
 """Conversation items that may wait to be spoken."""
+UNSERVED = frozenset(
+    {
+        "input_audio_buffer.append",
+        "input_audio_buffer.clear",
+        "input_audio_buffer.commit",
+        "output_audio_buffer.clear",
+        "conversation.item.delete",
+        "conversation.item.retrieve",
+        "conversation.item.truncate",
+    }
+)
+"""Events of Realtime that mean nothing here, and that a client with a microphone sends all the time."""
 
 
 class VoiceId(BaseModel):

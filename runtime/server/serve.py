@@ -46,6 +46,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, drain_seconds: float, limits: Limits) -> None:
         super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
         self._drain_seconds = drain_seconds
         self._limits = limits
         self._engine: Engine | None = None
@@ -118,6 +119,14 @@ class Server(uvicorn.Server):
             else:
                 still[connection] = (cycle, is_closing, since)
         self._still = still
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's says something.
+
+    Behind each WebSocket that was refused with a whole answer, it takes the handshake for unanswered.
+    """
+    return record.msg != "ASGI callable returned without completing handshake."
 
 
 def bind(host: str, port: int) -> list[socket.socket]:

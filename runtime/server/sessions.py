@@ -5,6 +5,7 @@ With a folder, they are written there after each turn, and read from it when the
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -30,6 +31,8 @@ from aloud.session import Session
 
 SWEEP_SECONDS = 60.0
 SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+EMPTY = {"version": 1, "voice": "alloy", "turns": []}
+"""What begins a session in which nothing was said yet."""
 
 
 @dataclass
@@ -63,19 +66,23 @@ class Sessions:
             raise _missing()
         return kept
 
-    def open(self, owner: str, session_id: str, voice: str) -> Kept:
-        """A session that is there, or a new one; also the voice of one that is there must not have been deleted."""
+    def open(self, owner: str, session_id: str, voice: str, *, is_chosen: bool) -> Kept:
+        """A session that is there, or a new one; also the voice of one that is there must not have been deleted.
+
+        is_chosen: whether the client named the voice, which must then be the session's; else it is for a new one alone.
+        """
         kept = self._current(owner, session_id)
+        if kept is not None and not is_chosen:
+            voice = kept.voice
         self._registry.check(owner, voice)
         if kept is None:
             self._check_room(owner, session_id)  # before the work as well
             made = self._made(owner, voice)
             with self._lock:
                 kept = self._kept.get((owner, session_id)) or self._keep(owner, session_id, made)
-        if kept.voice != voice:
-            raise Problem(
-                409, f"The session speaks with the voice {kept.voice!r}; a voice cannot change.", "voice_differs"
-            )
+        if kept.voice != voice and is_chosen:
+            message = f"The session speaks with the voice {kept.voice!r}; a voice cannot change. Leave voice out."
+            raise Problem(409, message, "voice_differs", "voice")
         return kept
 
     def save(self, owner: str, session_id: str, kept: Kept) -> None:
@@ -225,7 +232,11 @@ def _content(kept: Kept) -> dict[str, Any]:
 
 
 def _missing() -> Problem:
-    return Problem(404, "There is no such session, or not any more.", "session_not_found", "session_id")
+    message = (
+        "There is no such session, or not any more. Begin one with session_id in POST /v1/audio/speech, or where the "
+        f"user speaks first, PUT {json.dumps(EMPTY)} to /v1/sessions/ID."
+    )
+    return Problem(404, message, "session_not_found", "session_id")
 
 
 def _unreadable() -> Problem:

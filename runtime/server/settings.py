@@ -37,7 +37,7 @@ class Limits:
 class Settings:
     """A server's name for its model, its keys, its voices and its limits."""
 
-    model: str
+    model: str | None = None  # what clients know it by; None: its name on the hub, or its folder's
     keys: tuple[str, ...] = ()  # none: everybody may come
     hosts: tuple[str, ...] = ()  # names that it answers to, without ports; none: any
     voices: Path | None = None  # folder; None: voices are kept until the process ends

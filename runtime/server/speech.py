@@ -91,7 +91,9 @@ class SpeechBody(Strict):
 
     input: Text = Field(min_length=1, json_schema_extra={"pattern": r"\S"})
     model: str = ""
-    voice: Annotated[str | VoiceId, BeforeValidator(_voice)] = "alloy"
+    voice: Annotated[str | VoiceId, BeforeValidator(_voice)] = Field(
+        "alloy", description="A kept voice, or one of the aliases. Left out in a session that is there: the session's."
+    )
     instructions: str | None = Field(None, description="Ignored: the model takes no instructions.")
     response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = "mp3"
     speed: Number = Field(1.0, description="Only 1.0.", json_schema_extra={"minimum": 1, "maximum": 1})
@@ -106,7 +108,7 @@ class SpeechBody(Strict):
     context: Annotated[list[ContextTurn], Field(fail_fast=True)] | None = Field(
         None, description="The conversation so far; not in a session."
     )
-    session_id: str | None = None
+    session_id: str | None = Field(None, description="A conversation to go on with, or to begin.")
 
 
 async def begin(
@@ -120,7 +122,8 @@ async def begin(
     name = body.voice if isinstance(body.voice, str) else body.voice.id
     given: dict[str, Any] = {"seed": body.seed, "max_seconds": body.max_seconds, "lead_seconds": limits.lead_seconds}
     if body.session_id is not None:
-        kept = await asyncio.to_thread(sessions.open, owner, body.session_id, name)
+        is_chosen = "voice" in body.model_fields_set
+        kept = await asyncio.to_thread(sessions.open, owner, body.session_id, name, is_chosen=is_chosen)
         save = partial(asyncio.to_thread, sessions.save, owner, body.session_id, kept)
         return kept.session.stream(body.input, **given), save
     voice, speaker = await asyncio.to_thread(registry.voice, owner, name)

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,8 @@ import numpy as np
 from aloud.api import Runtime
 from aloud.audio import Audio, read_audio
 from aloud.request import Segment
+from aloud.server import log
+from aloud.server.gate import EVERYBODY
 from aloud.server.problems import Problem
 from aloud.server.settings import Settings
 from aloud.voice import Voice
@@ -67,16 +70,23 @@ class Registry:
         self._lock = threading.RLock()
         self._reading: dict[tuple[str, str, str], threading.Lock] = {}
         self._read: OrderedDict[tuple[str, str, str], Voice] = OrderedDict()  # by owner, name and digest
+        self._warned: set[str] = set()
+
+    def warn(self) -> None:
+        """Log which aliases stand for voices that not everybody has, and which of everybody's cannot be read."""
+        places = (PUBLIC,) if self._settings.keys else (PUBLIC, EVERYBODY)
+        there = {record.name for place in places for record in self._records(place)}
+        for name, target in self._settings.aliases.items():
+            if isinstance(target, str) and target not in there:
+                where = f"{PUBLIC}/{target} in the folder of voices"
+                log.warn(f"The alias {name} stands for the voice {target}, and there is none at {where}.")
 
     def listed(self, owner: str) -> list[ListedVoice]:
         """The voices that an owner can use."""
         found = {}
         for place in (PUBLIC, owner):
-            folder = self._place(place)
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                record = self._record(place, path.name)
-                if record is not None:
-                    found[record.name] = _listed(record, is_public=place == PUBLIC)
+            for record in self._records(place):
+                found[record.name] = _listed(record, is_public=place == PUBLIC)
         return list(found.values())
 
     def add(self, owner: str, name: str, samples: np.ndarray, text: str, consent: str) -> ListedVoice:
@@ -110,7 +120,7 @@ class Registry:
         check_name(name)
         with self._lock:
             if not (self._place(owner) / name).is_dir():
-                raise _unknown(name)
+                raise _unknown(name, "name")
             leaving = Path(tempfile.mkdtemp(prefix=".", dir=self._place(owner)))
             (self._place(owner) / name).rename(leaving / name)  # at once, or a crash would leave half of it
             shutil.rmtree(leaving)
@@ -149,39 +159,58 @@ class Registry:
 
     def _found(self, owner: str, name: str, target: str) -> tuple[str, VoiceRecord]:
         """The place and the record of the voice that a name stands for."""
-        check_name(target)
+        check_name(target, "voice")
         for place in (owner, PUBLIC):
             record = self._record(place, target)
             if record is not None:
                 return place, record
-        raise _unknown(name) if name == target else _unknown_target(name, target)
+        raise _unknown(name, "voice") if name == target else _unknown_target(name, target)
 
     def _place(self, owner: str) -> Path:
         assert self._folder is not None
         return self._folder / owner
 
+    def _records(self, owner: str) -> Iterator[VoiceRecord]:
+        """The records of an owner that can be read, in the order of their names."""
+        folder = self._place(owner)
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            record = self._record(owner, path.name)
+            if record is not None:
+                yield record
+
     def _record(self, owner: str, name: str) -> VoiceRecord | None:
         if NAME.fullmatch(name) is None:
             return None
+        folder = self._place(owner) / name
         try:
-            return VoiceRecord(**json.loads((self._place(owner) / name / RECORD).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return VoiceRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            if folder.is_dir():  # else there is no such voice, or not any more
+                self._warn_once(f"The voice in {folder} cannot be read: {RECORD}: {type(error).__name__}: {error}")
             return None
 
+    def _warn_once(self, warning: str) -> None:
+        """Log it, but not at each request."""
+        with self._lock:
+            if warning in self._warned:
+                return
+            self._warned.add(warning)
+        log.warn(warning)
 
-def check_name(name: str) -> None:
-    """Raise a `Problem` for what cannot be a voice's name."""
+
+def check_name(name: str, parameter: str = "name") -> None:
+    """Raise a `Problem` for what cannot be a voice's name, with the field that it was given in."""
     if NAME.fullmatch(name) is None:
-        raise Problem(400, "A voice's name is 1 to 64 of a-z, 0-9, _ and -.", "invalid_name", "name")
+        raise Problem(400, "A voice's name is 1 to 64 of a-z, 0-9, _ and -.", "invalid_name", parameter)
 
 
 def _listed(record: VoiceRecord, *, is_public: bool) -> ListedVoice:
     return ListedVoice(**asdict(record), id=record.name, object="audio.voice", type="audio_sample", is_public=is_public)
 
 
-def _unknown(name: str) -> Problem:
+def _unknown(name: str, parameter: str) -> Problem:
     shown = name if NAME.fullmatch(name) else "of that name"
-    return Problem(404, f"There is no voice {shown}. GET /v1/audio/voices lists them.", "voice_not_found", "voice")
+    return Problem(404, f"There is no voice {shown}. GET /v1/audio/voices lists them.", "voice_not_found", parameter)
 
 
 def _unknown_target(name: str, target: str) -> Problem:

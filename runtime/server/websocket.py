@@ -22,6 +22,8 @@ A context is a conversation: what it has spoken is what its next words follow on
 | `audio.cancelled` | `context_id`, `audio_seconds` of the turn that were sent | the answer to each `input.cancel`; no audio follows |
 | `error` | `error` as over HTTP, `retry_after_seconds`, `context_id` if it is a context's | one for each wrong message, and one for a turn that failed: its further text is dropped until flush, done or cancel, which are answered as always |
 
+After 100 messages that were answered by an `error`, in all (`SocketLimits.errors`), the socket is closed with code 1008.
+
 When a socket has as many contexts as it may, a new one takes the place of the one that has been silent for longest.
 
 When the server stops, text that comes is refused with an `error`, and it is as if `input.done` had come for every

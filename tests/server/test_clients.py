@@ -115,7 +115,11 @@ def test_errors(client: openai.OpenAI, locked: Running) -> None:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["small"]
+    (model,) = client.models.list()
+    assert (model.id, model.owned_by, type(model.created)) == ("small", "aloud", int)
+    assert client.models.retrieve("small") == model
+    with pytest.raises(openai.NotFoundError, match="There is no model of that name"):
+        client.models.retrieve("gpt-4o-mini-tts")
 
 
 @pytest.mark.parametrize("refusals", [1, 3])

@@ -102,6 +102,26 @@ def test_a_socket_without_a_key_is_told_so(locked: Running, lines: Lines, path: 
     assert json.loads(response.body)["error"]["code"] == "invalid_api_key"
     line = lines.request()
     assert (line["status"], line["request_id"]) == (401, response.headers["x-request-id"])
+    wait_until(lambda: locked.is_idle)
+    assert lines.errors == []
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/speech/stream", "/v1/realtime"])
+def test_a_socket_that_is_let_in_is_logged_as_such(locked: Running, lines: Lines, path: str) -> None:
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    with connect(f"ws://127.0.0.1:{locked.port}{path}", additional_headers=headers):
+        pass
+    assert lines.request()["status"] == 101
+
+
+def test_a_socket_that_there_is_not_is_logged_as_refused(locked: Running, lines: Lines) -> None:
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    url = f"ws://127.0.0.1:{locked.port}/v1/nothing"
+    with pytest.raises(InvalidStatus) as refused, connect(url, additional_headers=headers):
+        pass
+    assert lines.request()["status"] == refused.value.response.status_code
+    wait_until(lambda: locked.is_idle)
+    assert lines.errors == []
 
 
 @pytest.mark.parametrize("prefix", ["/tts", "/health", "/health/deep"])

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import re
+import time
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aloud import Engine
+from aloud.server.settings import Limits, Settings
 from server.running import LONG, Running, asked, assert_problem, serving, wait_until
+
+ROOT = Path(__file__).parents[2]
 
 
 def values(server: Running) -> dict[str, float]:
@@ -75,10 +81,47 @@ def test_health(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
         assert client.get("/health/live").status_code == 200
 
 
+def test_the_real_time_factor_is_of_what_is_paced(engine: Engine) -> None:
+    """And says so, wherever it is shown: an answer is held back, however fast it could be made."""
+    with serving(engine, Settings(model="small", limits=Limits(lead_seconds=0.4))) as server:
+        assert server.speech(input=LONG, max_seconds=2.4).status_code == 200
+        wait_until(lambda: server.is_idle)
+        assert values(server)["aloud_real_time_factor_sum"] > (2.4 - 0.4 - 0.2) / 2.4
+        with server.client() as client:
+            (described,) = re.findall("# HELP aloud_real_time_factor (.*)", client.get("/metrics").text)
+    dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text(encoding="utf-8"))
+    (panel,) = (panel for panel in dashboard["panels"] if "aloud_real_time_factor" in str(panel["targets"]))
+    for said in (described, panel["description"]):
+        assert "waiting included" in said
+        assert "near 1" in said
+
+
 def test_models(server: Running) -> None:
     with server.client() as client:
         (model,) = client.get("/v1/models").json()["data"]
-    assert model["id"] == "small"
+        assert client.get("/v1/models/small").json() == model
+        for other in ("large", "small/small", "../small", "%2fsmall", "Small"):
+            assert_problem(client.get(f"/v1/models/{other}"), 404)
+        assert_problem(client.get("/v1/models/sesame%2fcsm-1b"), 404, "model_not_found")
+    assert model == {"id": "small", "object": "model", "created": model["created"], "owned_by": "aloud"}
+    assert type(model["created"]) is int
+    assert 0 <= time.time() - model["created"] < 3600
+
+
+@pytest.mark.parametrize("path", ["owner/name", "owner%2Fname"])
+def test_a_model_of_the_hub_has_a_slash(engine: Engine, path: str) -> None:
+    with serving(engine, Settings(model="owner/name")) as server, server.client() as client:
+        assert client.get(f"/v1/models/{path}").json()["id"] == "owner/name"
+
+
+def test_a_model_is_named_by_its_folder(engine: Engine) -> None:
+    """And not by where that is, which is nobody's business who asks for health without a key."""
+    name = engine.runtime.name
+    assert "/" not in name
+    with serving(engine, Settings()) as server, server.client() as client:
+        assert client.get("/health/ready").json() == {"status": "ready", "model": name}
+        assert client.get("/v1/models").json()["data"][0]["id"] == name
+        assert client.get(f"/v1/models/{name}").status_code == 200
 
 
 def test_the_description_names_every_route(server: Running) -> None:

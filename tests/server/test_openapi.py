@@ -16,6 +16,7 @@ from aloud import Engine
 from aloud.errors import DeviceStuck, NothingSpoken, Overloaded
 from aloud.live_speech import LiveSpeech
 from aloud.server.encode import FORMATS
+from aloud.server.sessions import EMPTY
 from aloud.server.settings import Limits, Settings
 from aloud.session import Session
 from server.running import LONG, Running, asked, events_of, serving, wait_until, wav
@@ -30,6 +31,7 @@ READS = {400, 408}
 STATUSES: dict[tuple[str, str], set[int]] = {
     ("POST", "/v1/audio/speech"): {200, 404, 409, 422, 429, 503} | READS | UNSAFE | SHUT,
     ("GET", "/v1/models"): {200} | SHUT,
+    ("GET", "/v1/models/{model_id}"): {200, 404} | SHUT,
     ("GET", "/v1/audio/voices"): {200} | SHUT,
     ("POST", "/v1/audio/voices"): {201, 409} | READS | UNSAFE | SHUT,
     ("DELETE", "/v1/audio/voices/{name}"): {200, 400, 404} | UNSAFE | SHUT,
@@ -116,6 +118,13 @@ def test_references_lead_somewhere(document: dict[str, Any]) -> None:
                 assert link["operationId"] in names
 
 
+def test_how_a_session_begins_is_said(document: dict[str, Any]) -> None:
+    found = operations(document)
+    assert json.dumps(EMPTY) in found["PUT", "/v1/sessions/{session_id}"]["description"]
+    assert "begins one" in found["POST", "/v1/sessions/{session_id}/turns"]["description"]
+    assert "the session's" in document["components"]["schemas"]["SpeechBody"]["properties"]["voice"]["description"]
+
+
 def test_bodies(document: dict[str, Any]) -> None:
     found = operations(document)
     bodies = {place: operation["requestBody"] for place, operation in found.items() if "requestBody" in operation}
@@ -154,6 +163,8 @@ class Checked:
             parts[3] = "{session_id}"
         if parts[1:4] == ["v1", "audio", "voices"] and len(parts) == 5:
             parts[4] = "{name}"
+        if parts[1:3] == ["v1", "models"] and len(parts) > 3:
+            parts[3:] = ["{model_id}"]
         place = "/".join(parts)
         response = self._operations[method, place]["responses"][str(answer.status_code)]
         kind = answer.headers.get("content-type", "").partition(";")[0]
@@ -228,7 +239,7 @@ def test_every_status_can_be_had(
     foreign, large = {"origin": "http://elsewhere.example"}, b"x" * 200_001
 
     # What goes well.
-    for path in ("/v1/models", voices, "/health/live", "/health/ready", "/metrics", "/"):
+    for path in ("/v1/models", "/v1/models/small", voices, "/health/live", "/health/ready", "/metrics", "/"):
         assert ask("GET", path).status_code == 200
     assert ask("POST", voices, data=fields, files=sample).status_code == 201
     assert ask("POST", speech, json=asked(session_id="one")).status_code == 200
@@ -240,6 +251,7 @@ def test_every_status_can_be_had(
     assert ask("POST", speech, json={}).status_code == 400
     assert ask("POST", speech, json=asked(voice="nobody")).status_code == 404
     assert ask("POST", speech, json=asked(session_id="one", voice="echo")).status_code == 409
+    assert ask("GET", "/v1/models/large").status_code == ask("GET", "/v1/models/a/b").status_code == 404
     assert ask("POST", voices, data={}).status_code == 400
     assert ask("POST", voices, data=fields, files=sample).status_code == 409
     assert ask("PUT", session, json=[]).status_code == 400
@@ -253,7 +265,7 @@ def test_every_status_can_be_had(
     assert ask("DELETE", f"{voices}/!").status_code == 400
     assert ask("DELETE", f"{voices}/nobody").status_code == 404
     for method, path in STATUSES:
-        place = path.replace("{name}", "mine").replace("{session_id}", "one")
+        place = path.replace("{name}", "mine").replace("{session_id}", "one").replace("{model_id}", "small")
         assert ask(method, place, content=large).status_code == 413
         if method not in ("GET", "HEAD"):
             assert ask(method, place, headers=foreign).status_code == 403

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,6 +57,33 @@ def test_a_voice_cannot_change(server: Running) -> None:
         assert say(client, "voice", voice="echo").status_code == 200
 
 
+def test_a_voice_that_is_left_out_is_the_sessions(server: Running) -> None:
+    with server.client() as client:
+        first = say(client, "left-out", voice="echo")
+        assert first.status_code == 200
+        assert say(client, "left-out").status_code == 200
+        refused = say(client, "left-out", voice="alloy")  # which it is by default, and which was asked for
+        assert_problem(refused, 409, "voice_differs")
+        assert refused.json()["error"]["param"] == "voice"
+        exported = client.get("/v1/sessions/left-out").json()
+        assert (exported["voice"], len(exported["turns"])) == ("echo", 2)
+        assert say(client, "default").status_code == 200
+        assert client.get("/v1/sessions/default").json()["voice"] == "alloy"
+
+
+def test_the_user_may_speak_first(server: Running) -> None:
+    """As the error says that whoever tries without a session gets."""
+    with server.client() as client:
+        turns = {"text": (None, "Hello?")}
+        said = assert_problem(client.post("/v1/sessions/first/turns", files=turns), 404, "session_not_found")
+        content = re.search(r"PUT (\{.*\}) to /v1/sessions/ID", said)
+        assert content is not None
+        assert client.put("/v1/sessions/first", content=content[1]).json()["turns"] == 0
+        assert client.post("/v1/sessions/first/turns", files=turns).json()["turns"] == 1
+        assert say(client, "first").status_code == 200
+        assert len(client.get("/v1/sessions/first").json()["turns"]) == 2
+
+
 def test_a_voice_that_was_deleted_is_not_there(server: Running, seed: int) -> None:
     """Also for a session that was begun with it, which still has what it was told of it."""
     with server.client() as client:
@@ -68,6 +96,7 @@ def test_a_voice_that_was_deleted_is_not_there(server: Running, seed: int) -> No
         assert_problem(server.speech(voice="eve"), 404, "voice_not_found")
         assert_problem(say(client, "eves", voice="eve"), 404, "voice_not_found")
         assert_problem(say(client, "eves", voice="nova"), 409, "voice_differs")
+        assert_problem(say(client, "eves"), 404, "voice_not_found")
         assert client.delete("/v1/sessions/eves").status_code == 204
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -19,8 +20,11 @@ from aloud import Runtime
 from aloud.checkpoint.random import write_random
 from aloud.cli import _parser, main
 from aloud.errors import RequestError
+from aloud.server.gate import EVERYBODY
 from aloud.server.serve import bind, serve
-from aloud.server.settings import Settings
+from aloud.server.sessions import EMPTY
+from aloud.server.settings import Limits, Settings
+from aloud.server.voices import PUBLIC
 from server.running import wait_until
 
 
@@ -42,7 +46,9 @@ def test_ctrl_c_ends_it(model: str, tmp_path: Path) -> None:
         wait_until(lambda: "Serving on http://127.0.0.1:" in printed.read_text() or running.poll() is not None, 60)
         url = printed.read_text().partition("Serving on ")[2].split()[0]
         with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
-            assert client.get("/v1/models").status_code == 200
+            (named,) = client.get("/v1/models").json()["data"]
+            assert named["id"] == Path(model).name
+            assert client.get("/health/ready").json()["model"] == Path(model).name
             foreign = {"host": "speech.example"}
             assert client.get("/v1/models", headers=foreign).json()["error"]["code"] == "foreign_host"
             assert client.get("/health/live", headers=foreign).status_code == 200
@@ -177,6 +183,14 @@ def test_a_signal_ends_it_while_the_model_is_loaded(number: signal.Signals) -> N
             assert running.wait(10) == -number
         finally:
             running.kill()
+
+
+def test_the_readme_says_what_serving_does() -> None:
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    assert f"sent at most {Limits().lead_seconds:g} s ahead of being played" in readme
+    assert f"`PUT` `{json.dumps(EMPTY)}` begins one" in readme
+    assert f"`voices/{PUBLIC}/NAME` is everybody's" in readme
+    assert f"`voices/{EVERYBODY}` without keys" in readme
 
 
 def test_aliases_are_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from aloud import Engine, Segment, read_audio
 from aloud.audio_file import to_int16
+from aloud.server.app import create_app
 from aloud.server.settings import Limits, Settings
 from oracle.csm import speech_like
-from server.running import TEXT, Running, asked, assert_problem, serving, wav
+from server.running import TEXT, Lines, Running, asked, assert_problem, serving, wav
 
 KEYS = ("one", "two")
 BAD_NAMES = [
@@ -84,6 +85,76 @@ def test_a_voice_is_kept_and_speaks(kept: Running, folder: Path, seed: int) -> N
         assert not (owner / "mine").exists()
         assert_problem(say(client, "mine"), 404, "voice_not_found")
         assert_problem(client.delete("/v1/audio/voices/mine"), 404)
+
+
+def warnings(lines: Lines) -> list[str]:
+    found = [json.loads(record.getMessage()) for record in lines.records if record.name == "aloud.server"]
+    return [line["warning"] for line in found if "warning" in line]
+
+
+RECORDS = {
+    "cut": "{",
+    "list": "[]",
+    "other": '{"nonsense": 1}',
+    "bytes": b"\xff",
+    "nested": "[" * 200_000,
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("content", RECORDS.values(), ids=RECORDS)
+def test_a_record_that_cannot_be_read_is_told_once(
+    kept: Running, folder: Path, lines: Lines, content: str | bytes | None
+) -> None:
+    broken = folder / "public" / "anna"
+    broken.mkdir(parents=True)
+    if content is not None:
+        (broken / "voice.json").write_bytes(content.encode() if isinstance(content, str) else content)
+    (folder / "public" / "notes").write_text("a file, and no voice")
+    with kept.client("one") as client:
+        for _ in range(2):
+            assert client.get("/v1/audio/voices").json()["voices"] == []
+            assert_problem(say(client, "anna"), 404, "voice_not_found")
+            assert_problem(say(client, "nobody"), 404, "voice_not_found")
+    (warning,) = warnings(lines)
+    assert warning.startswith(f"The voice in {broken} cannot be read: voice.json: ")
+
+
+@pytest.mark.parametrize("keys", [(), KEYS], ids=["open", "keys"])
+def test_aliases_without_a_voice_are_told_at_the_start(
+    engine: Engine, folder: Path, lines: Lines, keys: tuple[str, ...], seed: int
+) -> None:
+    made = Settings(model="small", voices=folder)
+    with serving(engine, made) as running, running.client() as client:
+        for name in ("anna", "ben"):
+            assert add(client, name, wav(speech_like(0.1, seed))).status_code == 201
+    (folder / "public").mkdir()
+    (folder / "everybody" / "anna").rename(folder / "public" / "anna")
+    (folder / "public" / "broken").mkdir()
+    assert warnings(lines) == []
+    aliases: dict[str, str | int] = {"alloy": "anna", "ash": "ben", "nova": 3, "echo": "nobody"}
+    create_app(engine, Settings(model="small", keys=keys, voices=folder, aliases=aliases))
+    broken, *told = warnings(lines)
+    assert "broken cannot be read" in broken
+    of_nobody = "The alias {} stands for the voice {}, and there is none at public/{} in the folder of voices."
+    expected = [("echo", "nobody")] if not keys else [("ash", "ben"), ("echo", "nobody")]  # no key has ben
+    assert told == [of_nobody.format(alias, voice, voice) for alias, voice in expected]
+
+
+def test_the_field_that_a_wrong_voice_was_in_is_said(kept: Running, seed: int) -> None:
+    with kept.client("one") as client:
+        session = {"version": 1, "voice": "A!", "turns": []}
+        for answer, field in (
+            (say(client, "A!"), "voice"),
+            (say(client, "nobody"), "voice"),
+            (say(client, {"id": "A!"}), "voice"),
+            (say(client, "A!", session_id="one"), "voice"),
+            (client.put("/v1/sessions/one", json=session), "voice"),
+            (add(client, "A!", wav(speech_like(0.1, seed))), "name"),
+            (client.delete("/v1/audio/voices/A!"), "name"),
+            (client.delete("/v1/audio/voices/nobody"), "name"),
+        ):
+            assert answer.json()["error"]["param"] == field, answer.text
 
 
 def test_a_voice_whose_record_cannot_be_read_is_not_lost(kept: Running, folder: Path, seed: int) -> None:

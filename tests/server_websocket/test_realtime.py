@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import ModuleType
 from typing import Any
 
 import pytest
 from server_websocket.loopback import Served
+from websockets.exceptions import ConnectionClosed
 
 from aloud import Engine
 from aloud.audio_file import to_int16
+from aloud.server import realtime, websocket
+from aloud.server.connection import SocketLimits
+from aloud.server.realtime_events import UNSERVED
 
 openai = pytest.importorskip("openai")
 
@@ -117,7 +122,8 @@ def test_cancel_ends_the_response_at_once(served: Served) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "audio in": ({"type": "input_audio_buffer.append", "audio": ""}, "unknown_event"),
+    "audio in": ({"type": "input_audio_buffer.append", "audio": ""}, "event_ignored"),
+    "unknown": ({"type": "input_audio_buffer.fill"}, "unknown_event"),
     "nothing to say": ({"type": "response.create"}, "nothing_to_say"),
     "no item": ({"type": "conversation.item.create"}, "item_missing"),
     "item of audio": (
@@ -145,6 +151,32 @@ def test_what_is_wrong_is_one_error_that_names_its_event(served: Served, event: 
         assert (error["type"], error["error"]["code"], error["error"]["event_id"]) == ("error", code, "mine")
         client.send("session.update", session={})
         assert client.receive()["type"] == "session.updated"
+
+
+def test_a_microphone_is_told_once_and_not_thrown_out(serve: Callable[..., Any]) -> None:
+    with serve(SocketLimits(errors=3)) as served, served.connect("/v1/realtime") as client:
+        assert client.receive()["type"] == "session.created"
+        for event in UNSERVED:
+            for _ in range(20):
+                client.send(event, event_id=event, audio="AAAA")
+            error = client.receive()["error"]
+            assert (error["code"], error["event_id"]) == ("event_ignored", event)
+            assert event in error["message"]
+        client.send("session.update", session={})
+        assert client.receive()["type"] == "session.updated"  # and no error before it
+        for _ in range(3):
+            client.send("nonsense")
+            assert client.receive()["error"]["code"] == "unknown_event"
+        with pytest.raises(ConnectionClosed) as closed:
+            client.receive()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1008
+
+
+@pytest.mark.parametrize("protocol", [realtime, websocket], ids=["realtime", "speech"])
+def test_the_bound_on_wrong_messages_is_written_down(protocol: ModuleType) -> None:
+    assert protocol.__doc__ is not None
+    assert f"fter {SocketLimits().errors} " in " ".join(protocol.__doc__.split())
 
 
 def test_a_second_response_waits_for_the_first(served: Served) -> None:

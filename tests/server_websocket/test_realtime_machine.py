@@ -42,7 +42,6 @@ WRONG: list[tuple[str | bytes, str]] = [
     (b"\x00", "invalid_message"),
     ('{"type": 1}', "invalid_message"),
     ("{}", "unknown_event"),
-    ('{"type": "input_audio_buffer.append", "audio": ""}', "unknown_event"),
     ('{"type": "conversation.item.create"}', "item_missing"),
     ('{"type": "conversation.item.create", "item": {"content": []}}', "invalid_message"),
     ('{"type": "conversation.item.create", "item": {"content": [{"type": "text", "text": 5}]}}', "invalid_message"),
@@ -81,6 +80,7 @@ class Realtime(RuleBasedStateMachine):
         self.audio = b""
         self.is_cancelled = False
         self.id = ""
+        self.told: set[str] = set()  # types of ignored events
 
     # --- what is sent -------------------------------------------------------------------------------------------------
 
@@ -131,6 +131,10 @@ class Realtime(RuleBasedStateMachine):
     def mistake(self, wrong: tuple[str | bytes, str], reads: bool) -> None:
         self.send(reads, {"type": "wrong", "code": wrong[1]}, wrong[0])
 
+    @rule(action=st.sampled_from(["append", "commit"]), reads=st.booleans())
+    def microphone(self, action: str, reads: bool) -> None:
+        self.send(reads, {"type": f"input_audio_buffer.{action}", "event_id": "mine", "audio": ""})
+
     @rule(milliseconds=st.sampled_from([1, 5, 20]))
     def wait(self, milliseconds: int) -> None:
         time.sleep(milliseconds / 1000)
@@ -172,6 +176,9 @@ class Realtime(RuleBasedStateMachine):
                 # With an id that is not given, a cancel is wrong whatever is being spoken.
                 late = ["cannot_update_voice"] if message["code"] == "voice_not_found" and self.has_spoken else []
                 assert code in (late or [message["code"]]), (message, errors)
+            case "input_audio_buffer.append" | "input_audio_buffer.commit" as kind:
+                assert code == (None if kind in self.told else "event_ignored")
+                self.told.add(kind)
             case "conversation.item.create":
                 (text,) = (part["text"] for part in message["item"]["content"])
                 if sum(map(len, [*self.items, text])) + len(self.items) + 1 > MOST_CHARACTERS:
