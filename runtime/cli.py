@@ -210,11 +210,20 @@ def _speak(parsed: argparse.Namespace) -> int:
     spoken = say(**vars(request), progress=on_terminal)
     if isinstance(spoken, Audio):
         spoken.save(parsed.output)
+        seconds = spoken.duration
     else:
+        seconds = 0.0
         with spoken:
             for chunk in spoken:
                 sys.stdout.buffer.write(to_int16(chunk.samples).astype("<i2").tobytes())
                 sys.stdout.buffer.flush()
+                seconds += chunk.duration
+    if spoken.finish_reason == "length" and parsed.max_seconds is None and sys.stderr is not None:
+        print(
+            f"aloud: the speech was cut off after {seconds:.1f} s: no more fits in 90 s and the model's context. "
+            "Say the text in parts; aloud serve and Engine do so by themselves.",
+            file=sys.stderr,
+        )
     if on_terminal:
         print(f"{parsed.output}: ended by {spoken.finish_reason}, --seed {spoken.seed}", file=sys.stderr)
     return 0

@@ -236,11 +236,12 @@ class Utterance:
 
     def _end(self) -> None:
         """All pieces have been spoken."""
-        self.finish_reason = self._last_reason or "end"
         self._loop.let_go(self.mark)
+        has_spoken = self._frames > 0
+        self.finish_reason = (self._last_reason or "end") if has_spoken else "error"
         if self._began == 0:
             raise TextEmpty("There is no text to say. Give at least one letter.")
-        if self._frames == 0:
+        if not has_spoken:
             raise NothingSpoken("The model said nothing, twice. Try another text, seed, context or temperature.")
 
     def _remember(self, read: Prefix | None) -> None:

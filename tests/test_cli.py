@@ -114,6 +114,24 @@ def test_text_comes_from_standard_input(
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
+@pytest.mark.parametrize("output", ["file", "pipe"])
+def test_speech_that_was_cut_off_says_so(
+    output: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody sits before a terminal: half of a text would pass for the whole."""
+    room = Runtime.load(model).max_positions
+    type_in(monkeypatch, b"Well " * (room // 5 - 4))  # a position for each byte
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
+    path = "-" if output == "pipe" else str(tmp_path / "out.wav")
+    assert main(["speak", "-", "-o", path, "--model", model, "--seed", "3"]) == 0
+    sys.stdout.flush()
+    frames = len(written.getvalue()) // 3840 if output == "pipe" else soundfile.info(path).frames // 1920
+    said = capsys.readouterr().err
+    assert said.startswith(f"aloud: the speech was cut off after {frames * 0.08:.1f} s: no more fits in")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("typed", "sentence"),

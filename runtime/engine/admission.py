@@ -137,7 +137,8 @@ class Admission(Driven):
             return Overloaded(
                 f"{without_slot} requests wait for a stream already. Ask again later.", retry_after_seconds=1.0
             )
-        starting = sum(other.job.lead_seconds is not None for other in (*self._waiting, *self._reading))
+        coming = [other for other in (*self._waiting, *self._reading) if not other.is_over]
+        starting = sum(other.job.lead_seconds is not None for other in coming)
         starting += sum(kept.next is None for kept in self._kept.values())
         after = self.scheduler.retry_after(self._clock(), stream.job.lead_seconds, starting)
         if after is None:
@@ -231,6 +232,7 @@ class Admission(Driven):
                 if stream in self._reading:  # it has nothing yet, and begins anew
                     self._reading.remove(stream)
                     stream.read_positions = 0
+                    self.counts.with_prefix -= stream.job.prefix is not None
                     self._waiting.put_back(stream)
                     self._release(stream)
                 else:

@@ -220,3 +220,19 @@ def test_the_prompt_of_what_is_played_is_read_before_those_of_newcomers() -> Non
     assert [newcomer.read_positions < 40 for newcomer in newcomers] == [True, True]
     played.run(60)
     assert [stream.finish_reason for stream in (second, *newcomers)] == ["end"] * 3
+
+
+def test_who_was_cancelled_while_its_prompt_waited_counts_for_nobody_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Played(slots=40)
+    for rows, seconds in ((1, 0.04), (2, 0.06), (3, 0.078), (4, 0.096)):
+        played.loop.scheduler.observe_frame(rows, seconds)
+    monkeypatch.setattr(played.loop.scheduler, "prefill_positions", lambda *_: 0)
+    streams = [played.other(seed) for seed in range(1, 10)]
+    played.run(1)
+    for stream in streams:
+        played.loop.cancel(stream)
+    prompt = Prompt(torch.arange(5), torch.zeros(5, CODEBOOKS, dtype=torch.int64))
+    job = Job(prompt, Sampling(), 20, 100, Guards.off(), None, lead_seconds=60.0)
+    asked = [played.loop.submit(job, is_refusable=True) for _ in range(3)]
+    played.loop._take_inbox()
+    assert [stream.error is None for stream in asked] == [True, True, False]

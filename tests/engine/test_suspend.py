@@ -101,6 +101,24 @@ def test_no_slot_is_given_while_there_is_a_free_one_nor_to_full_pace() -> None:
     assert memory.loop.counts.suspended == 0
 
 
+def test_who_gives_a_slot_while_its_prompt_is_read_counts_once_as_one_with_a_prefix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = Memory({1: words(11), 2: words(21), 3: words(31)})
+    before = memory.loop.submit(replace(job(3), keeps_cache=True))
+    assert memory.rest_of(before) == [31]
+    monkeypatch.setattr(memory.loop.scheduler, "prefill_positions", lambda *_: 0)
+    slow = memory.loop.submit(replace(job(1), prefix=before.prefix))
+    memory.loop.step()
+    assert slow.slot == 0
+    live = memory.loop.submit(job(2, realtime=True))
+    memory.loop.step()
+    assert slow.slot == -1
+    monkeypatch.undo()
+    assert (memory.rest_of(live), memory.rest_of(slow)) == ([21], [11])
+    assert memory.loop.counts.with_prefix == 1
+
+
 def test_one_that_plays_in_real_time_gives_no_slot() -> None:
     memory = Memory({1: words(11, 12, 13), 2: words(21)})
     playing, waiting = memory.loop.submit(job(1, realtime=True)), memory.loop.submit(job(2, realtime=True))
