@@ -20,15 +20,22 @@ SUITES = {
     "all": all_suites,
 }
 
+INTERRUPTED = 130
+"""The status of what an interrupt has ended."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one suite -> exit status: 0, or 1 when a bound that the suite checks is broken."""
+    """Run one suite -> exit status: 0, 1 when a bound that the suite checks is broken, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="aloud bench", description=__doc__)
     suites = parser.add_subparsers(required=True, metavar="SUITE")
     for name, suite in SUITES.items():
         suite.add_arguments(suites.add_parser(name, help=(suite.__doc__ or "").splitlines()[0]))
     parsed = parser.parse_args(arguments)
-    status: int = parsed.run(parsed)
+    try:
+        status: int = parsed.run(parsed)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     return status
 
 

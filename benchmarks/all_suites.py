@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from . import frame, host, peers, serving, workload
-from .report import emit
+from .report import reported
 
 SUITES: dict[str, Any] = {"frame": frame, "host": host, "serving": serving, "peers": peers}
 
@@ -32,7 +32,8 @@ def run(parsed: argparse.Namespace) -> int:
     """Run every suite, also when one fails; the last line is one JSON document -> 1 when one did."""
     parsed.out.mkdir(parents=True, exist_ok=True)
     statuses: dict[str, int] = {}
-    with workload.checkpoint(parsed.model, parsed.size, parsed.dtype) as folder:
+    document = {"suite": "all", "folder": str(parsed.out), "statuses": statuses}
+    with reported(document, parsed.json), workload.checkpoint(parsed.model, parsed.size, parsed.dtype) as folder:
         for name, suite in SUITES.items():
             print(f"\n== {name}", flush=True)
             parser = argparse.ArgumentParser()
@@ -45,8 +46,7 @@ def run(parsed: argparse.Namespace) -> int:
                 traceback.print_exc()
                 statuses[name] = 1
             peers.release()
-    print("\n" + ", ".join(f"{name} {'failed' if status else 'ok'}" for name, status in statuses.items()))
-    emit({"suite": "all", "folder": str(parsed.out), "statuses": statuses}, parsed.json)
+        print("\n" + ", ".join(f"{name} {'failed' if status else 'ok'}" for name, status in statuses.items()))
     return max(statuses.values())
 
 

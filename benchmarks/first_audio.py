@@ -30,8 +30,14 @@ STAGES = (("find", "files"), ("read", "weights"), ("allocate", "memory"), ("capt
 """Stages of a start, each with the beginning of the names that progress is reported with."""
 
 
-def measure(runtime: Runtime, folder: Path, parsed: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Any]]:
-    """First audio in all its circumstances, and the stages of starts in new processes."""
+def measure(
+    runtime: Runtime,
+    folder: Path,
+    parsed: argparse.Namespace,
+    results: list[dict[str, Any]],
+    starts: list[dict[str, Any]],
+) -> None:
+    """Add to `results` first audio in all its circumstances, to `starts` the stages of starts in new processes."""
     segment = workload.voice_segment(runtime, parsed.voice, seed=0)
     voice = runtime.voice([segment])
     ways: dict[str, dict[str, Any]] = {
@@ -39,19 +45,20 @@ def measure(runtime: Runtime, folder: Path, parsed: argparse.Namespace) -> tuple
         f"warm, voice of {voice.positions}": {"voice": voice},
         f"warm, context of {voice.positions}": {"context": [segment]},
     }
-    results = []
     for name, given in ways.items():
         seconds_of_first_audio(runtime, **given)  # captures what this prompt needs
         times = [seconds_of_first_audio(runtime, **given) for _ in range(parsed.repeats)]
         results.append(summary(name, times))
     if parsed.no_cold_start:
-        return results, []
-    cold = start(folder, parsed, warm=False)
-    start(folder, parsed, warm=True)
-    warm = start(folder, parsed, warm=True)
-    results.insert(0, summary("first after load", [cold["first_audio_seconds"]]))
-    results.insert(1, summary("first after warm", [warm["first_audio_seconds"]]))
-    return results, [{"name": "load alone", **cold}, {"name": "load and warm", **warm}]
+        return
+    for place, (name, word) in enumerate((("load alone", "load"), ("load and warm", "warm"))):
+        if word == "warm":
+            start(folder, parsed, warm=True)
+        begun = start(folder, parsed, warm=word == "warm")
+        starts.append({"name": name, **begun})
+        results.insert(place, summary(f"first after {word}", [begun["first_audio_seconds"]]))
+        stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in begun["stages"].items())
+        print(f"start, {name}: {stages}, together {begun['seconds']:.2f} s")
 
 
 def seconds_of_first_audio(runtime: Runtime, **given: Any) -> float:

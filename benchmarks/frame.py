@@ -43,7 +43,7 @@ from aloud.prompt_block import Piece
 
 from . import first_audio, workload
 from .measure import circumstances, copy_bandwidth, time_calls
-from .report import Column, emit, plot_lines, print_table
+from .report import Column, plot_lines, reported, table
 
 PARTS = ("backbone", "depth", "heads", "state", "codec")
 PREFILL_POSITIONS = (16, 64, 128, 256, 300, 512)
@@ -70,6 +70,7 @@ FIRST_AUDIO_COLUMNS = (
     Column("median_ms", "ms", ".2f"),
     Column("p99_ms", "ms", ".2f"),
 )
+PREFILL_COLUMNS = (Column("prompt_positions"), Column("prefill_ms", "ms", ".2f"))
 COUNTERS = {
     "allocations": "allocation.all.allocated",
     "segments": "segment.all.allocated",
@@ -149,37 +150,17 @@ def measure(folder: Path, parsed: argparse.Namespace) -> int:
     about, bandwidth = circumstances(device), copy_bandwidth(device)
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
     print(f"copy {bandwidth / 1e12:.3f} TB/s; {parsed.dtype}, {parsed.context} positions of context")
-    _, steps = runtime._running()
+    steps = runtime._running()[1]
     if max(parsed.rows) > steps.batch_sizes[-1]:
         print(f"One frame on {device} has at most {steps.batch_sizes[-1]} rows; ask for fewer.", file=sys.stderr)
         return 1
 
-    results = []
-    for rows in sorted(set(parsed.rows)):
-        print(f"measuring {rows} rows", file=sys.stderr)
-        results.append(measure_rows(runtime, steps, rows, parsed, bandwidth))
-    print_table(COLUMNS, results)
-
-    prefill = {positions: prefill_ms(runtime, steps, positions, parsed.repeats) for positions in parsed.prefill}
-    if prefill:
-        print("prefill: " + ", ".join(f"{positions}: {ms:.2f} ms" for positions, ms in prefill.items()))
-    print("measuring first audio", file=sys.stderr)
-    audio, starts = first_audio.measure(runtime, folder, parsed)
-    print_table(FIRST_AUDIO_COLUMNS, audio)
-    for start in starts:
-        stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in start["stages"].items())
-        print(f"start, {start['name']}: {stages}, together {start['seconds']:.2f} s")
-
+    results: list[dict[str, Any]] = []
+    prefill: list[dict[str, Any]] = []
+    audio: list[dict[str, Any]] = []
+    starts: list[dict[str, Any]] = []
     allocations = None
-    if parsed.frames_without_allocation:
-        allocations = count_allocations(runtime, steps, min(parsed.rows), parsed)
-        print(allocation_sentence(allocations))
-    if parsed.plot is not None:
-        lines = {"whole": "frame_ms", **{part: f"{part}_ms" for part in PARTS}, "host": "host_ms", "floor": "floor_ms"}
-        series = {name: [(result["rows"], result[key]) for result in results] for name, key in lines.items()}
-        title = f"A frame, {parsed.dtype}, {parsed.context} positions, {about['device']}"
-        plot_lines(parsed.plot, title, "rows", "ms", series, log_x=True)
-    document = {
+    document: dict[str, Any] = {
         "suite": "frame",
         "about": about,
         "model": parsed.size if parsed.model is None else str(parsed.model),
@@ -187,12 +168,33 @@ def measure(folder: Path, parsed: argparse.Namespace) -> int:
         "context": parsed.context,
         "copy_bytes_per_second": bandwidth,
         "results": results,
-        "prefill_ms": prefill,
+        "prefill_ms": {},
         "first_audio": audio,
         "starts": starts,
-        "allocations": allocations,
+        "allocations": None,
     }
-    emit(document, parsed.json)
+    with reported(document, parsed.json):
+        with table(COLUMNS, results):
+            for rows in sorted(set(parsed.rows)):
+                print(f"measuring {rows} rows", file=sys.stderr)
+                results.append(measure_rows(runtime, steps, rows, parsed, bandwidth))
+        with table(PREFILL_COLUMNS, prefill):
+            for positions in parsed.prefill:
+                milliseconds = prefill_ms(runtime, steps, positions, parsed.repeats)
+                prefill.append({"prompt_positions": positions, "prefill_ms": milliseconds})
+                document["prefill_ms"][positions] = milliseconds
+        print("measuring first audio", file=sys.stderr)
+        with table(FIRST_AUDIO_COLUMNS, audio):
+            first_audio.measure(runtime, folder, parsed, audio, starts)
+        if parsed.frames_without_allocation:
+            allocations = document["allocations"] = count_allocations(runtime, steps, min(parsed.rows), parsed)
+            print(allocation_sentence(allocations))
+        if parsed.plot is not None:
+            keys = {"whole": "frame_ms", **{part: f"{part}_ms" for part in PARTS}}
+            keys |= {"host": "host_ms", "floor": "floor_ms"}
+            series = {name: [(result["rows"], result[key]) for result in results] for name, key in keys.items()}
+            title = f"A frame, {parsed.dtype}, {parsed.context} positions, {about['device']}"
+            plot_lines(parsed.plot, title, "rows", "ms", series, log_x=True)
     return 1 if allocations is not None and (allocations["counted"] or {}).get("allocations") else 0
 
 

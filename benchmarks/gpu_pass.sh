@@ -5,10 +5,15 @@
 # short goes on where it stopped; naming stages runs only those, for a pass in several calls. Stages, in their order:
 # compile mechanics operations graphs kernels weights frame host serving peers models. Full-size random weights, 3.6 GB,
 # go to WEIGHTS (default: aloud-weights in the system's temporary folder), outside FOLDER; a stage that needs them makes
-# them. A stage has LIMIT seconds (default: 240; peers wants 540).
-# The machine needs Python with torch, triton, pybind11, pytest and transformers, and a C++ compiler; for `aloud serve`
-# in the stage serving, the extra `server`, too. Nothing is downloaded. --small rehearses it on a machine without a GPU.
-# The figures that decide are printed last.
+# them. A stage has LIMIT seconds (default: 240; peers wants 540); then it is interrupted, and reports what it measured.
+# After each stage its line is printed, and FOLDER/summary.txt and FOLDER/pass.tgz, with all of FOLDER but the copied
+# package, are written anew. Reports name the commit of the tree, or COMMIT where the tree is no clone.
+#
+# The machine needs a C++ compiler and Python (PYTHON; default: python3) with torch, triton, numpy, safetensors,
+# huggingface_hub, tokenizers, tqdm, soxr and soundfile, which needs cffi; pybind11 and setuptools for the build;
+# pytest, pytest-xdist, pytest-timeout and transformers for operations, graphs and models; transformers for peers.
+# Without matplotlib there are no plots, and without the extra `server` the stage serving leaves out HTTP; both say so.
+# Nothing is downloaded. --small rehearses it on a machine without a GPU. The figures that decide are printed last.
 set -uo pipefail
 small=""
 if [ "${1:-}" = --small ]; then
@@ -22,10 +27,11 @@ stages=("$@")
 [ ${#stages[@]} -gt 0 ] || stages=(compile mechanics operations graphs kernels weights frame host serving peers models)
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
+echo '*' >"$folder/.gitignore" # in a clone, it is no change of the tree
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit
 python=${PYTHON:-python3}
-limit=${LIMIT:-240} # seconds of a stage; it is then interrupted, so that it prints what it knows
+limit=${LIMIT:-240}
 # The tree as the package, without installing: kernels/ and benchmarks/ are aloud.kernels and aloud.benchmarks.
 site=$folder/site
 export PYTHONUNBUFFERED=1 PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
@@ -39,7 +45,19 @@ build() {
     rm -rf "$site" && mkdir -p "$site/aloud" || return
     cp -r runtime/. "$site/aloud/" || return
     cp -r kernels "$site/aloud/" && cp -r benchmarks "$site/aloud/" || return
-    (cd "$folder" && "$python" -c "import aloud._sampler, torch, triton; print(torch.__version__, triton.__version__)")
+    commit >"$site/aloud/benchmarks/COMMIT"
+    # All that the suites import, some of it later: what is missing is named here, and not by each of the stages.
+    (cd "$folder" && "$python" -c "
+import aloud._sampler, aloud.api, aloud.benchmarks.__main__, aloud.checkpoint.random, safetensors, torch, triton
+print(torch.__version__, triton.__version__)")
+}
+# As aloud.benchmarks.measure writes it: "+" behind it when the tree has changes.
+commit() {
+    local name=${COMMIT:-}
+    if [ -z "$name" ] && name=$(git rev-parse --short HEAD 2>/dev/null) && [ -n "$(git status --porcelain)" ]; then
+        name+=+
+    fi
+    echo "$name"
 }
 tests() {
     # cuBLAS is deterministic, as the tests ask of torch, only with this.
@@ -69,8 +87,7 @@ models() { tests -n 0 -m gpu tests/gpu/test_csm.py; }
 kernels() {
     local given=()
     [ -z "$small" ] || given=(--small --dtype "$dtype" --rows 1 3 16 --repeats 2 --compile-rows)
-    bench kernels "${given[@]}" || return
-    tail -n 1 "$folder/kernels.log" >"$folder/kernels.json"
+    suite kernels "${given[@]}"
 }
 weights() {
     [ -e "$weights/config.json" ] && return
@@ -105,28 +122,56 @@ peers() {
     model peers "${given[@]}"
 }
 
-start=$SECONDS
-if ! build >"$folder/build.log" 2>&1; then
-    tail -n 5 "$folder/build.log"
-    echo "the build failed: $folder/build.log"
-    exit 1
-fi
-echo "$((SECONDS - start)) s" >"$folder/build.seconds"
-failed=0
-for stage in "${stages[@]}"; do
-    [ -e "$folder/$stage.done" ] && continue
-    start=$SECONDS
-    if "$stage" >"$folder/$stage.log" 2>&1; then touch "$folder/$stage.done"; else failed=1; fi
-    echo "$((SECONDS - start)) s" >"$folder/$stage.seconds"
-done
+line() { # of a stage: how it ended, the last it said, and how long it took
+    local result=failed last took
+    if [ -e "$folder/$1.done" ]; then
+        result=ok
+    elif [ ! -e "$folder/$1.log" ]; then
+        result=-
+    fi
+    last=$(grep -v '^{' "$folder/$1.log" 2>/dev/null | tail -n 1 | cut -c1-100)
+    took=$(cat "$folder/$1.seconds" 2>/dev/null)
+    printf '%-12s %-8s %s\n' "$1" "$result" "$last${took:+ ($took)}"
+}
+figures() { (cd "$folder" && "$python" -m aloud.benchmarks.summary "$folder"); }
+# What there is so far, for when the whole pass is cut short.
+keep() {
+    local each
+    {
+        for each in build "${stages[@]}"; do line "$each"; done
+        echo
+        figures
+    } >"$folder/summary.txt"
+    # Into a file that is there before tar begins: a folder that changes under it is an error to tar.
+    tar -cz -C "$folder" --exclude=./site --exclude='./pass.tgz*' . >"$folder/pass.tgz.part" &&
+        mv "$folder/pass.tgz.part" "$folder/pass.tgz"
+}
 
 printf '%-12s %-8s %s\n' stage result last
+failed=0
 for stage in build "${stages[@]}"; do
-    result=failed
-    { [ "$stage" = build ] || [ -e "$folder/$stage.done" ]; } && result=ok
-    last=$(grep -v '^{' "$folder/$stage.log" 2>/dev/null | tail -n 1 | cut -c1-100)
-    printf '%-12s %-8s %s (%s)\n' "$stage" "$result" "$last" "$(cat "$folder/$stage.seconds" 2>/dev/null)"
+    if [ "$stage" = build ] || [ ! -e "$folder/$stage.done" ]; then
+        rm -f "$folder/$stage.done" "$folder/$stage.seconds"
+        start=$SECONDS
+        "$stage" >"$folder/$stage.log" 2>&1
+        status=$?
+        took="$((SECONDS - start)) s"
+        case $status in
+            0) touch "$folder/$stage.done" ;;
+            124 | 137) took+=", its limit" ;; # as timeout ends, after an interrupt and after a kill
+        esac
+        [ $status = 0 ] || failed=1
+        echo "$took" >"$folder/$stage.seconds"
+    fi
+    line "$stage"
+    if [ "$stage" = build ] && [ $failed = 1 ]; then
+        tail -n 5 "$folder/build.log"
+        echo "the build failed: $folder/build.log"
+        exit 1
+    fi
+    keep
 done
+
 echo
-(cd "$folder" && "$python" -m aloud.benchmarks.summary "$folder")
+figures
 exit $failed

@@ -32,7 +32,7 @@ from aloud.request import Prompt, Sampling
 
 from . import workload
 from .measure import circumstances
-from .report import Column, emit, plot_lines, print_table
+from .report import Column, plot_lines, reported, table
 
 CODEBOOKS, FRAME_SIZE, FRAME_RATE = 32, 1920, 12.5
 BOUNDS_US = {1: 100.0, 1500: 3000.0}
@@ -230,33 +230,36 @@ def run(parsed: argparse.Namespace) -> int:
         return 1
     about = circumstances(torch.device("cpu"))
     print(f"{about['device']}, Python {about['python']}, commit {about['commit']}")
-    counts = sorted(set(parsed.streams))
-    results = [measure(streams, parsed.steps, lead_seconds=lead) for lead in (0.4, None) for streams in counts]
-    print_table(COLUMNS, results)
-    for pace in ("real time", "full"):
-        first, *_, last = [result for result in results if result["pace"] == pace] * 2
-        if last["streams"] > first["streams"]:
-            more = last["streams"] - first["streams"]
-            for name in ("calls", "calls_taking"):
-                last[f"{name}_per_stream"] = (last[name] - first[name]) / more
+    results: list[dict[str, Any]] = []
+    with reported({"suite": "host", "about": about, "results": results}, parsed.json):
+        counts = sorted(set(parsed.streams))
+        with table(COLUMNS, results):
+            for lead in (0.4, None):
+                for streams in counts:
+                    results.append(measure(streams, parsed.steps, lead_seconds=lead))
+        for pace in ("real time", "full"):
+            first, *_, last = [result for result in results if result["pace"] == pace] * 2
+            if last["streams"] > first["streams"]:
+                more = last["streams"] - first["streams"]
+                for name in ("calls", "calls_taking"):
+                    last[f"{name}_per_stream"] = (last[name] - first[name]) / more
+                print(
+                    f"{pace}: for each stream more, {last['calls_per_stream']:.2f} Python calls in the loop, "
+                    f"{last['calls_taking_per_stream']:.2f} by those who take, "
+                    f"{(last['together_us'] - first['together_us']) / more:.2f} us"
+                )
+        broken = [r for r in results if r["bound_us"] is not None and r["step_us"] > r["bound_us"]]
+        for result in broken:
             print(
-                f"{pace}: for each stream more, {last['calls_per_stream']:.2f} Python calls in the loop, "
-                f"{last['calls_taking_per_stream']:.2f} by those who take, "
-                f"{(last['together_us'] - first['together_us']) / more:.2f} us"
+                f"{result['streams']} streams, {result['pace']}: {result['step_us']:.0f} us is over the bound of "
+                f"{result['bound_us']:.0f} us",
+                file=sys.stderr,
             )
-    broken = [r for r in results if r["bound_us"] is not None and r["step_us"] > r["bound_us"]]
-    for result in broken:
-        print(
-            f"{result['streams']} streams, {result['pace']}: {result['step_us']:.0f} us is over the bound of "
-            f"{result['bound_us']:.0f} us",
-            file=sys.stderr,
-        )
-    if parsed.plot is not None:
-        series = {
-            f"{name}, {pace}": [(r["streams"], r[key]) for r in results if r["pace"] == pace]
-            for pace in ("real time", "full")
-            for name, key in (("loop", "step_us"), ("with takers", "together_us"))
-        }
-        plot_lines(parsed.plot, "The host's part of a frame step", "streams", "us", series, log_x=True)
-    emit({"suite": "host", "about": about, "results": results}, parsed.json)
+        if parsed.plot is not None:
+            series = {
+                f"{name}, {pace}": [(r["streams"], r[key]) for r in results if r["pace"] == pace]
+                for pace in ("real time", "full")
+                for name, key in (("loop", "step_us"), ("with takers", "together_us"))
+            }
+            plot_lines(parsed.plot, "The host's part of a frame step", "streams", "us", series, log_x=True)
     return 1 if parsed.check and broken else 0

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from aloud.kernels.rms_norm import rms_norm
 from aloud.kernels.rope import Rope, rope_table
 
 from .measure import circumstances, copies_for_cold_cache, copy_bandwidth, time_calls
+from .report import reported
 
 EPS = 1e-5
 CONTEXT = 500
@@ -315,6 +316,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", nargs="+", default=list(MAKERS), choices=MAKERS, metavar="CASE", help="default: all")
     parser.add_argument("--small", action="store_true", help="small shapes, to try the suite on a CPU")
     parser.add_argument("--repeats", type=int, default=50, help="replays of which the median is taken (default: 50)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON document to a file, too")
     parser.set_defaults(run=run)
 
 
@@ -329,32 +331,33 @@ def run(parsed: argparse.Namespace) -> int:
     print(f"copy {bandwidth / 1e12:.3f} TB/s; {parsed.dtype}; microseconds")
     columns = f"{'case':<20}{'rows':>5}{'MB':>9}{'ours':>10}{'of copy':>9}{'library':>10}{'eager':>10}{'compiled':>10}"
     print(f"{columns}{'vs best':>9}")
-    results, wrong = [], []
-    for name in parsed.cases:
-        for rows in parsed.rows:
-            try:
-                result = measure(name, rows, device, dtype, parsed)
-            except torch.OutOfMemoryError:
-                results.append({"case": name, "rows": rows, "dtype": parsed.dtype, "error": "not enough memory"})
-                print(f"{name:<20}{rows:>5}  not enough memory on this device")
-                continue
-            result["copy_fraction"] = result["moved_bytes"] / result["seconds"] / bandwidth
-            results.append(result)
-            if not result["correct"]:
-                wrong.append(result)
-                print(f"{name:<20}{rows:>5}  WRONG: differs from torch by {result['difference']:.3g}")
-                continue
-            best = min(result["eager_seconds"], result["compiled_seconds"] or result["eager_seconds"])
-            mark = "" if result["compiled_seconds"] else " (eager)"
-            print(
-                f"{name:<20}{rows:>5}{result['moved_bytes'] / 1e6:>9.2f}{_microseconds(result['seconds'])}"
-                f"{result['copy_fraction']:>9.1%}{_microseconds(result['library_seconds'])}"
-                f"{_microseconds(result['eager_seconds'])}{_microseconds(result['compiled_seconds'])}"
-                f"{best / result['seconds']:>9.2f}{mark}"
-            )
-    if wrong:
-        print(f"{len(wrong)} of {len(results)} results are wrong", file=sys.stderr)
-    print(json.dumps({"suite": "kernels", "about": about, "copy_bytes_per_second": bandwidth, "results": results}))
+    results: list[dict[str, Any]] = []
+    document = {"suite": "kernels", "about": about, "copy_bytes_per_second": bandwidth, "results": results}
+    with reported(document, parsed.json):
+        for name in parsed.cases:
+            for rows in parsed.rows:
+                try:
+                    result = measure(name, rows, device, dtype, parsed)
+                except torch.OutOfMemoryError:
+                    results.append({"case": name, "rows": rows, "dtype": parsed.dtype, "error": "not enough memory"})
+                    print(f"{name:<20}{rows:>5}  not enough memory on this device")
+                    continue
+                result["copy_fraction"] = result["moved_bytes"] / result["seconds"] / bandwidth
+                results.append(result)
+                if not result["correct"]:
+                    print(f"{name:<20}{rows:>5}  WRONG: differs from torch by {result['difference']:.3g}")
+                    continue
+                best = min(result["eager_seconds"], result["compiled_seconds"] or result["eager_seconds"])
+                mark = "" if result["compiled_seconds"] else " (eager)"
+                print(
+                    f"{name:<20}{rows:>5}{result['moved_bytes'] / 1e6:>9.2f}{_microseconds(result['seconds'])}"
+                    f"{result['copy_fraction']:>9.1%}{_microseconds(result['library_seconds'])}"
+                    f"{_microseconds(result['eager_seconds'])}{_microseconds(result['compiled_seconds'])}"
+                    f"{best / result['seconds']:>9.2f}{mark}"
+                )
+        wrong = [result for result in results if not result.get("correct", True)]
+        if wrong:
+            print(f"{len(wrong)} of {len(results)} results are wrong", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import statistics
 import subprocess
@@ -88,8 +89,13 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the tree that this file is in, "+" behind it when the tree has changes; None outside a clone."""
+    """The commit of the tree that this file is in, "+" behind it when the tree has changes; None outside a clone.
+
+    A copy of the package says in a file beside this one, COMMIT, what it is a copy of.
+    """
     folder = Path(__file__).resolve().parent
+    with contextlib.suppress(OSError):
+        return (folder / "COMMIT").read_text().strip() or None
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=folder, check=True, capture_output=True, text=True

@@ -29,7 +29,7 @@ from aloud.kernels.launch import PROGRAMMATIC_LAUNCH_CAPABILITY, Launch, capabil
 from aloud.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton
 
 from .measure import circumstances, copy_bandwidth, time_calls
-from .report import Column, emit, print_table
+from .report import Column, reported, table
 
 BLOCK = 128
 """Numbers that a program hands to the next: one for each of its threads."""
@@ -172,20 +172,25 @@ def run(parsed: argparse.Namespace) -> int:
     print(f"copy {bandwidth / 1e12:.3f} TB/s; {chains.programs} programs")
     short, long = CHAINS[device.type]
     results: list[dict[str, Any]] = []
-    for name, (chain, computes) in kinds.items():
-        wrong = [links for links in (short, long) if computes and not comes_out_right(chains, chain, links)]
-        if wrong:
-            results.append({"step": name, "microseconds": None, "error": f"a chain of {wrong[0]} came out wrong"})
-            print(f"{name}: a chain of {wrong[0]} links came out wrong", file=sys.stderr)
-            continue
-        seconds = {
-            links: time_calls([partial(chain, links)], device, repeats=parsed.repeats) for links in (short, long)
-        }
-        each = (seconds[long] - seconds[short]) / (long - short)
-        results.append({"step": name, "microseconds": each * 1e6, "error": None})
-    print_table((Column("step"), Column("microseconds", "us", ".3f")), results)
-    document = {"suite": "mechanics", "about": about, "programs": chains.programs, "copy_bytes_per_second": bandwidth}
-    emit(document | {"results": results}, parsed.json)
+    document = {
+        "suite": "mechanics",
+        "about": about,
+        "programs": chains.programs,
+        "copy_bytes_per_second": bandwidth,
+        "results": results,
+    }
+    with reported(document, parsed.json), table((Column("step"), Column("microseconds", "us", ".3f")), results):
+        for name, (chain, computes) in kinds.items():
+            wrong = [links for links in (short, long) if computes and not comes_out_right(chains, chain, links)]
+            if wrong:
+                results.append({"step": name, "microseconds": None, "error": f"a chain of {wrong[0]} came out wrong"})
+                print(f"{name}: a chain of {wrong[0]} links came out wrong", file=sys.stderr)
+                continue
+            seconds = {
+                links: time_calls([partial(chain, links)], device, repeats=parsed.repeats) for links in (short, long)
+            }
+            each = (seconds[long] - seconds[short]) / (long - short)
+            results.append({"step": name, "microseconds": each * 1e6, "error": None})
     return 1 if any(result["error"] for result in results) else 0
 
 

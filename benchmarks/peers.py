@@ -42,7 +42,7 @@ import torch
 from aloud import Request, Runtime
 
 from .measure import circumstances
-from .report import Column, emit, plot_bars, print_table
+from .report import Column, plot_bars, reported, table
 
 EAGER, COMPILED, OURS = "transformers eager", "transformers compiled", "aloud"
 TEXT = "Each of them says the same words, for the same number of frames."
@@ -221,8 +221,7 @@ def compare_and_measure(folder: Path, parsed: argparse.Namespace) -> int:
     """The suite on a checkpoint's folder."""
     import transformers
 
-    device, dtype = torch.device(parsed.device), DTYPES[parsed.dtype]
-    about = circumstances(device) | {"transformers": transformers.__version__}
+    about = circumstances(torch.device(parsed.device)) | {"transformers": transformers.__version__}
     document: dict[str, Any] = {
         "suite": "peers",
         "about": about,
@@ -230,9 +229,18 @@ def compare_and_measure(folder: Path, parsed: argparse.Namespace) -> int:
         "dtype": parsed.dtype,
         "frames": parsed.frames,
         "repeats": parsed.repeats,
+        "gate": None,
+        "results": [],
+        "ratios": [],
     }
     print(f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}, commit {about['commit']}")
+    with reported(document, parsed.json):
+        return gate_and_measure(folder, parsed, document)
 
+
+def gate_and_measure(folder: Path, parsed: argparse.Namespace, document: dict[str, Any]) -> int:
+    """Add to the document how codes compare and, where they are equal, what was measured -> the exit status."""
+    device, dtype = torch.device(parsed.device), DTYPES[parsed.dtype]
     rows = min(GATE_ROWS, max(parsed.rows))
     difference, sample_difference = gate(folder, rows)
     document["gate"] = {
@@ -243,7 +251,6 @@ def compare_and_measure(folder: Path, parsed: argparse.Namespace) -> int:
     }
     if difference is not None:
         print(f"float32 on the CPU, greedy: {difference}; so nothing is timed", file=sys.stderr)
-        emit(document | {"results": [], "ratios": []}, parsed.json)
         return 1
     print(
         f"float32 on the CPU, greedy, {GATE_FRAMES} frames, {rows} rows: all codes equal, "
@@ -259,15 +266,15 @@ def compare_and_measure(folder: Path, parsed: argparse.Namespace) -> int:
     if not parsed.no_compile:
         loaders[COMPILED] = compiled
     loaders[OURS] = lambda: Aloud(folder, device, dtype, rows=max(parsed.rows))
-    results = []
-    for name, load in loaders.items():
-        print(f"measuring {name}", file=sys.stderr)
-        results += measure(name, load, device, parsed.rows, parsed.frames, parsed.repeats)
-        release()
-    ratios = add_ratios(results)
-
-    print(f"{parsed.dtype}, {parsed.frames} frames, medians of {parsed.repeats}; ratio: frame ms over aloud's")
-    print_table(COLUMNS, results)
+    results: list[dict[str, Any]] = document["results"]
+    title = f"{parsed.dtype}, {parsed.frames} frames, medians of {parsed.repeats}; ratio: frame ms over aloud's"
+    with table(COLUMNS, results, title):
+        for name, load in loaders.items():
+            print(f"measuring {name}", file=sys.stderr)
+            for result in measure(name, load, device, parsed.rows, parsed.frames, parsed.repeats):
+                results.append(result)
+                document["ratios"] = add_ratios(results)
+            release()
     failed = [result for result in results if result["error"] is not None]
     for result in failed:
         print(f"{result['peer']}, {result['rows']} rows: {result['error']}", file=sys.stderr)
@@ -277,9 +284,8 @@ def compare_and_measure(folder: Path, parsed: argparse.Namespace) -> int:
     if parsed.plot is not None:
         names, groups = list(loaders), sorted(set(parsed.rows))
         bars = {name: [figure(results, name, rows, "frame_ms") for rows in groups] for name in names}
-        title = f"CSM, {document['model']}, {parsed.dtype}, {about['device']}"
+        title = f"CSM, {document['model']}, {parsed.dtype}, {document['about']['device']}"
         plot_bars(parsed.plot, title, "rows", "ms a frame", [str(rows) for rows in groups], bars)
-    emit(document | {"results": results, "ratios": ratios}, parsed.json)
     return 1 if failed else 0
 
 
@@ -325,15 +331,15 @@ def first_difference(name: str, spoken: Spoken, expected: Spoken) -> str | None:
 
 def measure(
     name: str, load: Callable[[], Peer], device: torch.device, row_counts: Sequence[int], frames: int, repeats: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Load a peer and time it at each number of rows; whatever fails is an "error" in its result, not the end."""
-    results = []
     try:
         start = clock(device)
         peer = load()
         load_seconds = clock(device) - start
     except Exception as error:  # others' software may fail in any way: the rest is still worth measuring
-        return [{"peer": name, "rows": rows, "error": sentence(error)} for rows in row_counts]
+        yield from [{"peer": name, "rows": rows, "error": sentence(error)} for rows in row_counts]
+        return
     for rows in row_counts:
         result: dict[str, Any] = {"peer": name, "rows": rows, "load_seconds": load_seconds, "error": None}
         # Another batch size is compiled anew, for itself: not as one graph for several shapes.
@@ -342,8 +348,7 @@ def measure(
             result |= measure_rows(peer, rows, device, frames, repeats)
         except Exception as error:  # as above: the other numbers of rows are still worth measuring
             result["error"] = sentence(error)
-        results.append(result)
-    return results
+        yield result
 
 
 def measure_rows(peer: Peer, rows: int, device: torch.device, frames: int, repeats: int) -> dict[str, Any]:

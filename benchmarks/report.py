@@ -1,9 +1,16 @@
-"""A suite's report: a table on the terminal, one JSON document, and plots saved as PNG where matplotlib is there."""
+"""A suite's report: a table on the terminal, one JSON document, and plots saved as PNG where matplotlib is there.
+
+Tables and document are of what was measured, also where a suite is interrupted or fails: `table` and `reported` stand
+around the measuring, which fills the rows and the document as it goes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +43,55 @@ def print_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) ->
             for cell, width, word in zip(line, widths, words, strict=True)
         ]
         print("  ".join(padded).rstrip())
+
+
+@contextlib.contextmanager
+def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], title: str = "") -> Iterator[None]:
+    """Print a title, if any, and a table of the rows that are there when the block ends, however it ends."""
+    try:
+        yield
+    finally:
+        if rows:
+            if title:
+                print(title)
+            print_table(columns, rows)
+
+
+@contextlib.contextmanager
+def reported(document: dict[str, Any], json_path: Path | None = None) -> Iterator[None]:
+    """Emit a document when the block ends, with "interrupted" or the "error" in it where it did not end well.
+
+    An interrupt raises `KeyboardInterrupt` in the block, once: those after it are ignored until the document is out.
+    """
+    with _interrupted_once():
+        try:
+            yield
+        except KeyboardInterrupt:
+            document["interrupted"] = True
+            raise
+        except Exception as error:
+            document["error"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            emit(document, json_path)
+
+
+@contextlib.contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """Ignore all interrupts but the first; `timeout` sends two, one to the process and one to its group."""
+    if threading.current_thread() is not threading.main_thread():  # others are never interrupted
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

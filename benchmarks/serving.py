@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from aloud import Request, Runtime
+from aloud import Request, Runtime, Segment
 from aloud.engine.graphs import GraphSteps
 from aloud.engine.loop import Loop
 from aloud.engine.steps import EagerSteps, Steps
@@ -49,7 +49,7 @@ from .arrivals import (
     text_of,
 )
 from .measure import circumstances
-from .report import Column, emit, plot_lines, print_table
+from .report import Column, plot_lines, reported, table
 
 LEAD_SECONDS = 0.4
 START_SECONDS = 20.0
@@ -119,6 +119,36 @@ def run(parsed: argparse.Namespace) -> int:
 
 def measure(folder: Path, parsed: argparse.Namespace) -> int:
     """The suite on a checkpoint's folder."""
+    document: dict[str, Any] = {
+        "suite": "serving",
+        "about": circumstances(torch.device(parsed.device)),
+        "model": parsed.size if parsed.model is None else str(parsed.model),
+        "dtype": parsed.dtype,
+        "context": parsed.context,
+        "voice": parsed.voice,
+        "seconds": parsed.seconds,
+        "seed": parsed.seed,
+        "slots": None,
+        "most_held": None,
+        "held": [],
+        "arrivals": [],
+        "http": None,
+    }
+    with reported(document, parsed.json):
+        segment, max_positions = measure_engine(folder, parsed, document)
+        if segment is not None and not parsed.no_http:
+            # The server loads a model of its own, and there is not always room for two.
+            workload.release()
+            engine = {row["rate"]: row for row in document["arrivals"]}
+            http: list[dict[str, Any]] = []
+            document["http"] = http
+            serving_http.measure(folder, parsed, segment, document["slots"], max_positions, engine, http)
+            document["http"] = http or None
+    return 0
+
+
+def measure_engine(folder: Path, parsed: argparse.Namespace, document: dict[str, Any]) -> tuple[Segment | None, int]:
+    """Add to the document what a runtime does, which is gone then -> the voice, if needed, and the most positions."""
     device = torch.device(parsed.device)
     # Slots: of requests, twice as many as are expected at once at the highest rate.
     expected = max(parsed.rates, default=0.0) * float(letters(1000, parsed.seed).mean()) * SECONDS_PER_LETTER
@@ -131,62 +161,38 @@ def measure(folder: Path, parsed: argparse.Namespace) -> int:
         max_streams=max(4, *parsed.streams, int(2 * expected)),
         max_positions=max(held_positions if parsed.streams else 1, asked_positions if parsed.rates else 1),
     )
-    about = circumstances(device)
+    about = document["about"]
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
     print("warming", file=sys.stderr)
     runtime.warm()
-    _, steps = runtime._running()
+    steps = runtime._running()[1]
+    document["slots"] = runtime_slots(steps)
 
-    held = []
-    for streams in sorted(set(parsed.streams)):
-        print(f"measuring {streams} streams", file=sys.stderr)
-        held.append(hold(runtime, steps, streams, parsed.context, parsed.seconds))
-    kept = most_held(held)
+    held, arrivals = document["held"], document["arrivals"]
+    with table(HELD_COLUMNS, held, f"{parsed.dtype}, {parsed.context} positions of context, {parsed.seconds:g} s"):
+        for streams in sorted(set(parsed.streams)):
+            print(f"measuring {streams} streams", file=sys.stderr)
+            held.append(hold(runtime, steps, streams, parsed.context, parsed.seconds))
+            document["most_held"] = most_held(held)
+            if held[-1]["error"] is not None:
+                print(f"{streams} streams: {held[-1]['error']}", file=sys.stderr)
+    kept = document["most_held"] = most_held(held)
     if held:
-        print(f"{parsed.dtype}, {parsed.context} positions of context, {parsed.seconds:g} s; no frame late: {kept}")
-        print_table(HELD_COLUMNS, held)
-        for result in held:
-            if result["error"] is not None:
-                print(f"{result['streams']} streams: {result['error']}", file=sys.stderr)
-    arrivals = []
+        print(f"no frame late: {kept}")
     segment = workload.voice_segment(runtime, parsed.voice, parsed.seed) if parsed.rates else None
     voice = None if segment is None else runtime.voice([segment])
-    for rate in sorted(set(parsed.rates)):
-        assert voice is not None
-        print(f"measuring {rate:g} requests a second", file=sys.stderr)
-        arrivals.append(serve_arrivals(runtime, steps, voice, rate, parsed.seconds, parsed.seed))
-    if arrivals:
-        print(f"first audio under Poisson arrivals, behind a cached voice of {parsed.voice} positions")
-        print_table(ARRIVAL_COLUMNS, arrivals)
+    heading = f"first audio under Poisson arrivals, behind a cached voice of {parsed.voice} positions"
+    with table(ARRIVAL_COLUMNS, arrivals, heading):
+        for rate in sorted(set(parsed.rates)):
+            assert voice is not None
+            print(f"measuring {rate:g} requests a second", file=sys.stderr)
+            arrivals.append(serve_arrivals(runtime, steps, voice, rate, parsed.seconds, parsed.seed))
     if parsed.plot is not None and arrivals:
         heard = [row for row in arrivals if row["p50_ms"] is not None]
         series = {name: [(row["rate"], row[f"{name}_ms"]) for row in heard] for name in ("p50", "p99")}
         title = f"First audio, {parsed.dtype}, {about['device']}; {kept} real-time streams held"
         plot_lines(parsed.plot, title, "requests a second", "ms", series)
-    slots = runtime_slots(steps)
-    http = None
-    if segment is not None and not parsed.no_http:
-        max_positions, rates = runtime.max_positions, [(row["rate"], row) for row in arrivals]
-        del runtime, steps, voice  # the server loads its own: there is not always room for two
-        workload.release()
-        http = serving_http.measure(folder, parsed, segment, slots, max_positions, dict(rates))
-    document = {
-        "suite": "serving",
-        "about": about,
-        "model": parsed.size if parsed.model is None else str(parsed.model),
-        "dtype": parsed.dtype,
-        "context": parsed.context,
-        "voice": parsed.voice,
-        "seconds": parsed.seconds,
-        "seed": parsed.seed,
-        "slots": slots,
-        "most_held": kept,
-        "held": held,
-        "arrivals": arrivals,
-        "http": http,
-    }
-    emit(document, parsed.json)
-    return 0
+    return segment, runtime.max_positions
 
 
 def runtime_slots(steps: Steps) -> int:

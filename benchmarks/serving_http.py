@@ -32,7 +32,7 @@ from aloud import Segment, open_files
 
 from .arrivals import FRAME_RATE, letters, percentiles_ms, poisson, speech_frames, speech_seconds, text_of
 from .http_client import Ask, Plan
-from .report import Column, print_table
+from .report import Column, table
 
 SAMPLE_RATE = 24_000
 BYTES_PER_SECOND = 2.0 * SAMPLE_RATE  # of pcm
@@ -75,26 +75,24 @@ def measure(
     slots: int,
     max_positions: int,
     engine: Mapping[float, Mapping[str, Any]],
-) -> list[dict[str, Any]] | None:
-    """Serve a checkpoint's folder, and print a table -> its rows; None, and a sentence, where there is no server.
+    rows: list[dict[str, Any]],
+) -> None:
+    """Serve a checkpoint's folder, and print a table of the rows it adds to `rows`; a sentence where it cannot.
 
     engine: for each rate of arrivals, the engine's own row.
     """
     print("starting the server", file=sys.stderr)
-    rows = []
-    try:
-        with serving(folder, parsed.device, parsed.dtype, slots, max_positions) as server:
-            server.add_voice(voice)
-            server.say_once()
-            for rate, own in engine.items():
-                print(f"measuring {rate:g} requests a second over HTTP", file=sys.stderr)
-                rows.append(serve_arrivals(server, rate, parsed.seconds, parsed.seed, own))
-    except NoServer as error:
-        print(f"not measured over HTTP: {error}")
-        return rows or None
-    print("the same arrivals over HTTP, from when a request was due to its listener's first bytes of sound")
-    print_table(COLUMNS, rows)
-    return rows
+    title = "the same arrivals over HTTP, from when a request was due to its listener's first bytes of sound"
+    with table(COLUMNS, rows, title):
+        try:
+            with serving(folder, parsed.device, parsed.dtype, slots, max_positions) as server:
+                server.add_voice(voice)
+                server.say_once()
+                for rate, own in engine.items():
+                    print(f"measuring {rate:g} requests a second over HTTP", file=sys.stderr)
+                    rows.append(serve_arrivals(server, rate, parsed.seconds, parsed.seed, own))
+        except NoServer as error:
+            print(f"not measured over HTTP: {error}")
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def test_a_peer_that_fails_is_an_error_and_not_the_end():
     def load():
         raise RuntimeError("no such card\nand more")
 
-    assert peers.measure("x", load, CPU, [1, 2], FRAMES, 1) == [
+    assert list(peers.measure("x", load, CPU, [1, 2], FRAMES, 1)) == [
         {"peer": "x", "rows": rows, "error": "RuntimeError: no such card"} for rows in (1, 2)
     ]
 
@@ -185,7 +185,7 @@ def test_a_peer_that_fails_is_an_error_and_not_the_end():
                 raise MemoryError
             return super().speak(rows, frames)
 
-    results = peers.measure("x", Full, CPU, [2, 1], FRAMES, 1)
+    results = list(peers.measure("x", Full, CPU, [2, 1], FRAMES, 1))
     assert [result["error"] for result in results] == ["MemoryError", None]
 
 

@@ -16,6 +16,10 @@ from aloud import Runtime
 from aloud.benchmarks import __main__ as command
 from aloud.benchmarks import all_suites, arrivals, host, serving, summary
 from aloud.checkpoint.random import write_random
+from aloud.engine.loop import Loop
+from aloud.engine.slots import Slots
+from aloud.engine.steps import EagerSteps
+from aloud.models.csm import Csm, CsmState
 
 
 def run(suite, *arguments: str) -> int:
@@ -80,22 +84,24 @@ def test_the_engine_alone(checkpoint, capsys):
 
 def test_the_servers_model_is_loaded_when_this_one_is_gone(checkpoint, capsys, monkeypatch):
     """Two would not always fit into the device's memory."""
-    before = runtimes()
+    before = loaded()
 
-    def serve(folder, parsed, segment, slots, max_positions, rows):
-        assert (folder, list(rows)) == (checkpoint, [2.0, 4.0])
+    def serve(folder, parsed, segment, slots, max_positions, engine, rows):
+        assert (folder, list(engine)) == (checkpoint, [2.0, 4.0])
         assert slots > 4 * 4  # requests a second, and seconds that they last
         assert max_positions > 60 + 400
-        assert runtimes() <= before
-        return []
+        assert loaded() <= before
+        rows.append({"rate": 2.0})
 
     monkeypatch.setattr(serving.serving_http, "measure", serve)
     assert run(serving, *short(checkpoint, "--seconds", "0.1", "--streams", "1", "--rates", "4", "2")) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["http"] == []
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["http"] == [{"rate": 2.0}]
 
 
-def runtimes() -> set[int]:
-    return {id(one) for one in gc.get_objects() if type(one) is Runtime}
+def loaded() -> set[tuple[str, int]]:
+    """What there is of runtimes, and of what holds a model's memory."""
+    kinds = (Runtime, Loop, EagerSteps, Slots, Csm, CsmState)
+    return {(type(one).__name__, id(one)) for one in gc.get_objects() if type(one) in kinds}
 
 
 def test_streams_that_do_not_begin_are_not_held(checkpoint, monkeypatch):
@@ -210,8 +216,8 @@ class Stub:
         self.asked = parsed
         assert not sys.stdout.isatty()  # libraries ask it
         print("measured")
-        if self.status is None:
-            raise RuntimeError("broken")
+        if isinstance(self.status, BaseException):
+            raise self.status
         return self.status
 
 
@@ -236,11 +242,24 @@ def test_all_suites_are_given_the_same_options(tmp_path, capsys, monkeypatch):
 
 
 def test_a_suite_that_fails_does_not_end_the_others(tmp_path, capsys, monkeypatch):
-    stubs = {"frame": Stub(all_suites.SUITES["frame"], None), "host": Stub(host, 0), "serving": Stub(serving, 1)}
+    stubs = {
+        "frame": Stub(all_suites.SUITES["frame"], RuntimeError("broken")),
+        "host": Stub(host, 0),
+        "serving": Stub(serving, 1),
+    }
     monkeypatch.setattr(all_suites, "SUITES", stubs)
     assert command.main(["all", "--out", str(tmp_path), "--size", "small", "--device", "cpu"]) == 1
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["statuses"] == {"frame": 1, "host": 0, "serving": 1}
+
+
+def test_an_interrupt_ends_all_suites(tmp_path, capsys, monkeypatch):
+    stubs = {"host": Stub(host, 0), "serving": Stub(serving, KeyboardInterrupt()), "frame": Stub(serving, 0)}
+    monkeypatch.setattr(all_suites, "SUITES", stubs)
+    assert command.main(["all", "--out", str(tmp_path), "--size", "small", "--device", "cpu"]) == 130
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (document["statuses"], document["interrupted"]) == ({"host": 0}, True)
+    assert stubs["frame"].asked is None
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------

@@ -202,10 +202,10 @@ def test_arrivals_over_http(
             server.add_voice(Segment("Hello.", np.zeros(61 * 24_000, np.float32)))
         monkeypatch.setattr(serving_http, "serving", lambda *_: nullcontext(server))
         own = {8.0: {"p50_ms": 11.0, "p99_ms": 22.0}}
-        rows = serving_http.measure(checkpoint, settings(), Segment("Hello.", VOICE_AUDIO), 8, 600, own)
+        rows: list[dict[str, Any]] = []
+        serving_http.measure(checkpoint, settings(), Segment("Hello.", VOICE_AUDIO), 8, 600, own, rows)
         assert server.last_words() == ""
     assert server.process.poll() is not None
-    assert rows is not None
     (row,) = rows
     lengths = arrivals.letters(len(arrivals.poisson(8, 0.5, 3)), 3)
     assert row["requests"] == len(lengths)
@@ -241,5 +241,27 @@ def test_without_a_server_one_sentence_says_so(
         return start([command[0], "-I", "-c", f"import sys; print({words!r}); sys.exit(1)"], log)
 
     monkeypatch.setattr(serving_http, "start", start_nothing)
-    assert serving_http.measure(Path("folder"), settings(), Segment("Hello.", VOICE_AUDIO), 2, 600, {8.0: {}}) is None
+    rows: list[dict[str, Any]] = []
+    serving_http.measure(Path("folder"), settings(), Segment("Hello.", VOICE_AUDIO), 2, 600, {8.0: {}}, rows)
+    assert rows == []
     assert capsys.readouterr().out == f"not measured over HTTP: {said}\n"
+
+
+def test_rates_that_were_heard_are_there_after_an_interrupt(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arrive(_: object, rate: float, *__: object) -> dict[str, float]:
+        if rate == 16.0:
+            raise KeyboardInterrupt
+        return {"rate": rate}
+
+    server = SimpleNamespace(add_voice=lambda _: None, say_once=lambda: None)
+    monkeypatch.setattr(serving_http, "serving", lambda *_: nullcontext(server))
+    monkeypatch.setattr(serving_http, "serve_arrivals", arrive)
+    rows: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        serving_http.measure(
+            Path("folder"), settings(), Segment("Hello.", VOICE_AUDIO), 2, 600, {8.0: {}, 16.0: {}}, rows
+        )
+    assert rows == [{"rate": 8.0}]
+    assert "the same arrivals over HTTP" in capsys.readouterr().out
