@@ -49,9 +49,13 @@ def choose_blocks(rows: int, outputs: int, inputs: int, element_size: int, *, pa
 
     On vector units, a single row of x is taken alone, and 128 threads keep 32 KB of weights in registers: 64 each, 16
     loads of 16 bytes under way. More rows go together in twos and fours, as far as their registers allow, because each
-    step of the loop over rows waits for x; half as many weights leave room for that and for the weights in float32.
-    Longer rows take more threads. Fewer outputs where that leaves less than about two programs for each of a large
-    GPU's multiprocessors: with 256, an H200's 132 are busy for 97 % of the time.
+    step of the loop over rows waits for x; half as many weights leave room for that and for the weights in float32. But
+    of long rows, too, a program owns four, or as many as 64 KB hold, with a single row's weights in each thread: every
+    program reads all of x again, widens it and sums over its threads, and for one output that is most of the work. 8
+    rows of 8192 in bfloat16 are 128 KB: programs of one output would read eight times as much of x as of weights, those
+    of four read twice as much, in 60 % of the instructions. With the same weights in more threads there would be more
+    sums, and too few registers for normed rows of x. Fewer outputs where that leaves less than about two programs for
+    each of a large GPU's multiprocessors: with 256, an H200's 132 are busy for 97 % of the time.
 
     Tensor cores take 16 rows of weight at least; more of them read x less often from the level-2 cache, but leave
     multiprocessors idle where outputs are few: as many as leave 256 programs, and no more than 32 or the rows of x,
@@ -72,11 +76,11 @@ def choose_blocks(rows: int, outputs: int, inputs: int, element_size: int, *, pa
         )
     block_inputs = next_power_of_2(inputs)
     row_bytes = block_inputs * element_size
-    warp_bytes = 8 * 1024 if rows == 1 else 4 * 1024
+    program_bytes = 32 * 1024 if rows == 1 else max(16 * 1024, min(4 * row_bytes, 64 * 1024))
     block_outputs = 2 if paired else 1
-    while 2 * block_outputs * row_bytes <= 4 * warp_bytes and outputs >= 256 * 2 * block_outputs:
+    while 2 * block_outputs * row_bytes <= program_bytes and outputs >= 256 * 2 * block_outputs:
         block_outputs *= 2
-    num_warps = min(max(4, block_outputs * row_bytes // warp_bytes), 32)
+    num_warps = min(max(4, block_outputs * row_bytes // (8 * 1024)), 32)
     together = max(1, 64 * 32 * num_warps // block_inputs)  # up to 64 registers a thread for x in float32
     return Blocks(
         block_outputs, min(together, 4, next_power_of_2(rows)), block_inputs, matrix=False, num_warps=num_warps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from aloud.kernels import product
 from aloud.kernels.linear import (
     linear_residual_reference,
     norm_linear_reference,
@@ -69,6 +70,20 @@ def test_csm_shapes_in_small(name, inputs, outputs, rows, dtype, run, random, as
     check(name, make_arguments(name, rows, inputs, outputs, dtype, random), run, assert_as_close)
 
 
+@pytest.mark.parametrize("rows", [2, 5], ids="{} rows".format)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_long_rows(name, rows, dtype, run, random, assert_as_close, monkeypatch):
+    # As of a large weight: a program owns several outputs, and more threads take them.
+    monkeypatch.setattr(
+        product, "choose_blocks", lambda rows, outputs, *rest, paired: choose_blocks(rows, 2048, *rest, paired=paired)
+    )
+    arguments = make_arguments(name, rows, 5000, 6, dtype, random)
+    launch = OPERATIONS[name][0](*arguments, capability=80)
+    assert launch.constants["BLOCK_OUTPUTS"] == (2 if dtype == torch.float32 else 4)
+    assert launch.num_warps == 8
+    check(name, arguments, run, assert_as_close)
+
+
 @pytest.mark.usefixtures("as_at_full_size")
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("rows", [3, 17], ids="{} rows".format)
@@ -121,3 +136,12 @@ def test_blocks(element_size, rows):
             assert blocks.inputs >= inputs
             weights_a_thread = blocks.outputs * blocks.inputs * element_size / (32 * blocks.num_warps)
             assert weights_a_thread <= 256 or blocks.num_warps == 32
+
+
+@pytest.mark.parametrize("rows", [2, 4, MATRIX_ROWS - 1])
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1024, 8192), (2048, 8192), (1024, 2048), (3072, 2048), (1536, 1024)])
+def test_a_program_owns_enough_to_read_x_for(outputs, inputs, element_size, rows):
+    blocks = choose_blocks(rows, outputs, inputs, element_size, paired=False)
+    assert blocks.outputs >= 4 or blocks.outputs * inputs * element_size == 64 * 1024
+    assert outputs >= 256 * blocks.outputs
