@@ -5,6 +5,7 @@ One tick is `Loop.step`; see `Driven` for who takes it. Everything else may be c
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from aloud.engine.admission import Admission, InFlight
 from aloud.engine.guards import REASONS
 from aloud.engine.steps import HostFrame
 from aloud.engine.stream import BUFFERED_FRAMES, Job, Spoken, Stream
+from aloud.engine.waiting import PLAYED, rank
 from aloud.errors import LogitsNotFinite, Overloaded
 from aloud.prompt_block import Piece
 
@@ -166,7 +168,8 @@ class Loop(Admission):
     def _prefill(self) -> bool:
         """Read prompts for as long as no running stream becomes late -> whether there were any."""
         planned: list[int] = []
-        while self._reading and (room := self.scheduler.prefill_positions(self._clock(), planned)):
+        urgent = self._urgent_positions() if self._reading else 0
+        while self._reading and (room := self.scheduler.prefill_positions(self._clock(), planned, urgent)):
             pieces = self._pieces(room if self._steps.prefill_together else self._steps.prefill_sizes[-1])
             if not pieces:
                 break
@@ -191,6 +194,11 @@ class Loop(Admission):
                     else:
                         self._finish(stream, "length")
         return bool(planned)
+
+    def _urgent_positions(self) -> int:
+        """Positions to be read of the next sentences of what is being played, which stand before all others."""
+        urgent = itertools.takewhile(lambda stream: rank(stream) == PLAYED, self._reading)
+        return sum(len(stream.job.prompt) - stream.read_positions for stream in urgent if not stream.is_over)
 
     def _time_passes(self) -> None:
         """Tell the scheduler what prefill passes took; they are over, or are waited for."""

@@ -276,12 +276,15 @@ class Scheduler:
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
-    def prefill_positions(self, now: float, planned: Sequence[int] = ()) -> int:
+    def prefill_positions(self, now: float, planned: Sequence[int] = (), urgent: int = 0) -> int:
         """How many positions one more prefill pass of this tick may read; `planned` are those of its passes so far.
 
         The first pass gets at least the smallest prefill size, so that prompts always get on; a later one gets 0 when
-        it would no longer fit. No pass gets more than the largest size. A tick's passes together take at most one frame
-        period, so that a tick stays short, and at most `SPARE_SHARE` of what no running real-time stream would miss.
+        it would no longer fit. `urgent` are positions of what is being played and waits for its next sentence to be
+        read: the first pass gets room for as many, also where what runs is late. Else those who wait would be late as
+        well, ever more of them, with nothing to run on a device that is half idle. No pass gets more than the largest
+        size. A tick's other passes take at most one frame period, so that a tick stays short, and at most
+        `SPARE_SHARE` of what no running real-time stream would miss.
         Until a pass has been measured there is one a tick, of the largest size.
         """
         cost = self._prefill_cost
@@ -290,9 +293,8 @@ class Scheduler:
         spare = SPARE_SHARE * self._spare(now, np.zeros(0, np.int64))
         budget = min(self._frame_seconds, spare) - sum(cost.of(positions) for positions in planned)
         fitting = int(np.searchsorted(cost.curve, budget, side="right"))
-        if fitting == 0:
-            return 0 if planned else int(cost.sizes[0])
-        return int(cost.sizes[fitting - 1])
+        least = 0 if planned else cost.size(min(max(urgent, 1), cost.largest))
+        return max(least, int(cost.sizes[fitting - 1]) if fitting else 0)
 
     # --- measured times -----------------------------------------------------------------------------------------------
 

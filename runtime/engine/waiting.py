@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 from aloud.engine.stream import Stream
 
+PLAYED = 0
+"""The rank of what goes on with something that is being played."""
+
 
 class WaitingLine:
     """Streams that wait for a slot; those of one rank are served in the order in which they came.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -236,3 +237,23 @@ def test_who_was_cancelled_while_its_prompt_waited_counts_for_nobody_who_asks(mo
     asked = [played.loop.submit(job, is_refusable=True) for _ in range(3)]
     played.loop._take_inbox()
     assert [stream.error is None for stream in asked] == [True, True, False]
+
+
+def test_how_much_of_what_is_played_waits_to_be_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Played(slots=9)
+    said: list[int] = []
+    given = iter([0, 0, 3, 64, 64])
+
+    def prefill_positions(now: float, planned: Sequence[int], urgent: int) -> int:
+        said.append(urgent)
+        return 0 if planned else next(given)
+
+    monkeypatch.setattr(played.loop.scheduler, "prefill_positions", prefill_positions)
+    played.other(1, positions=40)
+    played.run(1)
+    cancelled, *_ = [played.submit(seed, 60.0, goes_on=True, positions=7) for seed in (2, 3, 4)]
+    played.run(1)
+    played.submit(5, None, goes_on=True)  # nobody plays it
+    played.loop.cancel(cancelled)
+    played.run(2)
+    assert said == [0, 21, 14, 14, 7, 7]  # a pass and a look at a second one, in each of the last two steps

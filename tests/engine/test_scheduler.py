@@ -526,6 +526,17 @@ def test_prefill_always_gets_on_once_a_tick() -> None:
     assert scheduler.prefill_positions(10.0, (64,)) == 0
 
 
+def test_what_is_played_and_waits_to_be_read_has_room_in_the_first_pass_also_where_others_are_late() -> None:
+    scheduler = make(cost=lambda size: FRAME, prefill_cost=lambda positions: positions / 64 / 64)
+    play(scheduler, 0, 0.0, FRAME, frames=1)
+    assert scheduler.prefill_positions(10.0, urgent=64) == 64
+    assert scheduler.prefill_positions(10.0, urgent=65) == 128
+    assert scheduler.prefill_positions(10.0, urgent=10_000) == 512
+    assert scheduler.prefill_positions(10.0, (512,), urgent=10_000) == 0
+    scheduler.stop(0)  # nobody can be late: no less room than without
+    assert scheduler.prefill_positions(10.0, urgent=65) == scheduler.prefill_positions(10.0) == 512
+
+
 # --- admission --------------------------------------------------------------------------------------------------------
 
 

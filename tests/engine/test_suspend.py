@@ -229,7 +229,7 @@ def test_a_prompt_that_is_being_read_gives_its_slot_and_begins_anew(monkeypatch:
     monkeypatch.setattr(EagerSteps, "prefill_sizes", (4,))
     memory = Memory({1: words(11, 12), 2: words(21, 22)})
     prompt = Prompt(torch.arange(50), torch.zeros(50, CODEBOOKS, dtype=torch.int64))
-    monkeypatch.setattr(memory.loop.scheduler, "prefill_positions", lambda now, planned: 0 if planned else 4)
+    monkeypatch.setattr(memory.loop.scheduler, "prefill_positions", lambda now, planned, urgent: 0 if planned else 4)
     slow = memory.loop.submit(replace(job(1), prompt=prompt))
     for _ in range(5):
         memory.loop.step()
