@@ -260,7 +260,13 @@ class LiveSpeech(AsyncIterator[Audio], Iterator[Audio]):
         if self._feeding is None:
             self._feeding = ThreadPoolExecutor(1, thread_name_prefix="aloud-text")
         context = contextvars.copy_context()
-        await asyncio.get_running_loop().run_in_executor(self._feeding, context.run, self._feed, utterance)
+        try:
+            feeding = asyncio.get_running_loop().run_in_executor(self._feeding, context.run, self._feed, utterance)
+        except RuntimeError:  # it was shut down by who cancelled this in another thread
+            if not self._is_over:
+                raise
+            return
+        await feeding
 
     async def _arrival(self, stream: Stream) -> None:
         """Wait for a stream, and take in a part of the text if one comes meanwhile."""

@@ -154,8 +154,11 @@ class Admission(Driven):
         for utterance, kept in [item for item in self._kept.items() if item[1].next is not None]:
             assert kept.next is not None
             del self._kept[utterance]
-            self._waiting.remove(kept.next)
-            self._begin(kept.next, kept.slot)
+            if kept.next.is_over:  # cancelled as soon as it had come
+                self._free.append(kept.slot)
+            else:
+                self._waiting.remove(kept.next)
+                self._begin(kept.next, kept.slot)
         self._make_room()
         while self._free and self._waiting.count:
             self._begin(self._waiting.pop(), self._free.popleft())

@@ -167,6 +167,23 @@ def test_a_next_piece_that_is_cancelled_leaves_the_slot_to_others(how: str) -> N
     assert played.loop.is_idle
 
 
+def test_a_next_piece_that_is_cancelled_while_it_is_taken_in_has_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Played()
+    played.piece(1)
+    played.run()
+    second, other = played.piece(3, goes_on=True), played.other(2)
+
+    def refusal(_: Stream) -> None:  # another thread, at this moment
+        played.loop.cancel(second)
+
+    monkeypatch.setattr(played.loop, "_refusal", refusal)
+    other.is_refusable = True
+    played.run()
+    assert (second.finish_reason, second.slot) == ("cancelled", -1)
+    assert other.finish_reason == "end"
+    assert len(played.loop._free) == 1
+
+
 def test_an_interrupt_frees_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     played = Played(slots=2)
     played.piece(1)

@@ -727,3 +727,22 @@ def test_texts_that_block_keep_no_other_from_being_spoken(quick: Engine, seed: i
             await asyncio.sleep(0.001)
 
     asyncio.run(asyncio.wait_for(speak(), LIMIT_SECONDS))
+
+
+def test_a_text_that_is_cancelled_as_it_is_asked_for_is_just_over(quick: Engine, seed: int) -> None:
+    async def speak() -> None:
+        speech = quick.stream(iter(["Well, good morning."]), seed=seed, pace="full")
+        submit = ThreadPoolExecutor.submit
+
+        def cancelled(executor: ThreadPoolExecutor, *work: object, **given: object) -> object:
+            thread = threading.Thread(target=speech.cancel)
+            thread.start()
+            thread.join(LIMIT_SECONDS)
+            return submit(executor, *work, **given)  # type: ignore[arg-type]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ThreadPoolExecutor, "submit", cancelled)
+            assert await heard(speech) == []
+        assert speech.finish_reason == "cancelled"
+
+    asyncio.run(asyncio.wait_for(speak(), LIMIT_SECONDS))
