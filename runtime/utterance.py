@@ -130,12 +130,11 @@ class Utterance:
         """Stop; what has been handed out stays in the conversation."""
         with self._changing:
             stream, self._stream = self._stream, None
-            if self.finish_reason is None:
-                self.finish_reason = reason
-            self._loop.let_go(self.mark)
             if stream is not None:
                 self._loop.cancel(stream)
                 self._remember(None)  # what has been read may be more than what was handed out
+            if self.finish_reason is None:
+                self._be_over(reason)
 
     def _advance(self) -> Audio | Stream | Want:
         while True:
@@ -214,12 +213,12 @@ class Utterance:
         self._stream = None
         self.lateness_seconds = max(self.lateness_seconds, stream.lateness_seconds)
         if stream.error is not None:
-            self.finish_reason = "error"
+            self._be_over("error")
             self._remember(None)
             raise stream.error
         reason = stream.finish_reason
         if reason == "cancelled":  # not by `cancel`, which forgets the stream
-            self.finish_reason = "error"
+            self._be_over("error")
             self._remember(None)
             raise EngineClosed("The engine was closed while it spoke. Make a new one, and ask again.")
         if not self._codes and reason == "end" and not self._is_second_attempt and self._draws():
@@ -229,20 +228,23 @@ class Utterance:
         self._remember(stream.prefix)
         self._last_reason = reason
         if self._manner.max_frames is not None and self._frames >= self._manner.max_frames:
-            self.finish_reason = "length"
-            self._loop.let_go(self.mark)
+            self._be_over("length")
         elif not self._pieces and self._text_is_over:
             self._end()
 
     def _end(self) -> None:
         """All pieces have been spoken."""
-        self._loop.let_go(self.mark)
         has_spoken = self._frames > 0
-        self.finish_reason = (self._last_reason or "end") if has_spoken else "error"
+        self._be_over((self._last_reason or "end") if has_spoken else "error")
         if self._began == 0:
             raise TextEmpty("There is no text to say. Give at least one letter.")
         if not has_spoken:
             raise NothingSpoken("The model said nothing, twice. Try another text, seed, context or temperature.")
+
+    def _be_over(self, reason: str) -> None:
+        """Nothing more is said, and no slot need be kept for it."""
+        self.finish_reason = reason
+        self._loop.let_go(self.mark)
 
     def _remember(self, read: Prefix | None) -> None:
         """Put the piece and what was handed out of it into the conversation."""

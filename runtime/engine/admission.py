@@ -202,7 +202,9 @@ class Admission(Driven):
         job = stream.job
         if job.is_followed and job.lead_seconds is not None:
             until = self.scheduler.plays_until(stream.slot, self._clock()) + KEPT_SECONDS
-            self._kept[job.utterance] = Kept(stream.slot, until)
+            self._kept[job.utterance] = kept = Kept(stream.slot, until)
+            if stream.cancelled:  # meanwhile, and `let_go` may have looked before
+                kept.until = -math.inf
 
     def _let_go_late(self, now: float) -> None:
         """Free the slots that have been kept for long enough, or for what was cancelled."""

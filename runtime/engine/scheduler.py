@@ -282,9 +282,9 @@ class Scheduler:
         The first pass gets at least the smallest prefill size, so that prompts always get on; a later one gets 0 when
         it would no longer fit. `urgent` are positions of what is being played and waits for its next sentence to be
         read: the first pass gets room for as many, also where what runs is late. Else those who wait would be late as
-        well, ever more of them, with nothing to run on a device that is half idle. No pass gets more than the largest
-        size. A tick's other passes take at most one frame period, so that a tick stays short, and at most
-        `SPARE_SHARE` of what no running real-time stream would miss.
+        well, ever more of them, with nothing to run on a device that is half idle. But for that, a tick's passes
+        together take at most one frame period, so that a tick stays short, and at most `SPARE_SHARE` of what no running
+        real-time stream would miss. No pass gets more than the largest size.
         Until a pass has been measured there is one a tick, of the largest size.
         """
         cost = self._prefill_cost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -45,9 +46,9 @@ class Played:
         """Somebody else's."""
         return self.submit(seed, 60.0, positions=positions)
 
-    def submit(self, seed: int, lead_seconds: float | None, *, positions: int = 5, **given: object) -> Stream:
+    def submit(self, seed: int, lead_seconds: float | None, *, positions: int = 5, **given: Any) -> Stream:
         prompt = Prompt(torch.arange(positions), torch.zeros(positions, CODEBOOKS, dtype=torch.int64))
-        job = Job(prompt, Sampling(), seed, 100, Guards.off(), None, lead_seconds=lead_seconds, **given)  # type: ignore[arg-type]
+        job = Job(prompt, Sampling(), seed, 100, Guards.off(), None, lead_seconds=lead_seconds, **given)
         return self.loop.submit(job)
 
     def run(self, steps: int = 10) -> None:
@@ -184,6 +185,21 @@ def test_a_next_piece_that_is_cancelled_while_it_is_taken_in_has_no_slot(monkeyp
     assert len(played.loop._free) == 1
 
 
+def test_nothing_is_kept_of_what_is_cancelled_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Played()
+    first, other = played.piece(1), played.other(2)
+
+    def plays_until(slot: int, now: float) -> float:  # another thread, before there is anything to let go
+        first.cancelled = True
+        played.loop.let_go(played.text)
+        return now + 100.0
+
+    monkeypatch.setattr(played.loop.scheduler, "plays_until", plays_until)
+    played.run(20)
+    assert first.is_over
+    assert other.finish_reason == "end"
+
+
 def test_an_interrupt_frees_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     played = Played(slots=2)
     played.piece(1)
@@ -224,9 +240,9 @@ def test_a_kept_slot_is_no_stream_that_runs_and_counts_for_those_who_ask() -> No
     assert asked(4).error is None
 
 
-def test_the_prompt_of_what_is_played_is_read_before_those_of_newcomers() -> None:
+def test_the_prompt_of_what_is_played_is_read_before_those_of_newcomers(monkeypatch: pytest.MonkeyPatch) -> None:
     played = Played(slots=4, prefill_size=4)
-    played.loop._time_passes = played.loop._passes.clear  # type: ignore[method-assign]  # so there is one pass a tick
+    monkeypatch.setattr(played.loop, "_time_passes", played.loop._passes.clear)  # so there is one pass a tick
     played.piece(1)
     played.run()
     newcomers = [played.other(seed, positions=40) for seed in (2, 3)]

@@ -148,8 +148,8 @@ def test_turns_that_cannot_be_restored(engine: Engine, wrong: Any, kind: str) ->
 
 
 @pytest.mark.parametrize("given", ["sesame/csm-1b", None], ids=repr)
-def test_an_engine_of_no_runtime(given: object) -> None:
+def test_an_engine_of_no_runtime(given: Any) -> None:
     with pytest.raises(
         errors.RequestError, match=rf"^An Engine is made of a Runtime, got {type(given).__name__}: Engine\("
     ):
-        Engine(given)  # type: ignore[arg-type]
+        Engine(given)

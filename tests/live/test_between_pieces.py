@@ -10,6 +10,7 @@ import pytest
 
 from aloud import Engine
 from aloud.audio import Audio
+from aloud.live import Pace
 from aloud.live_speech import LiveSpeech
 from live.quick import LIMIT_SECONDS, Held, is_empty, run, until
 
@@ -38,7 +39,7 @@ async def waits(engine: Engine) -> asyncio.Task[list[Audio]]:
     return other
 
 
-def launches(held: Held) -> list[int]:
+def launches(held: Held, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The seeds of the rows that are launched from now on."""
     order: list[int] = []
     launch = held.steps.launch
@@ -47,19 +48,21 @@ def launches(held: Held) -> list[int]:
         order.extend(held.steps._stream(slot).seed for slot in slots.tolist())
         return launch(slots)
 
-    held.steps.launch = launched  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(held.steps, "launch", launched)
     return order
 
 
 @pytest.mark.parametrize("pace", ["realtime", "full"])
-def test_who_waits_gets_the_slot_behind_the_last_sentence(held: Held, pace: str) -> None:
+def test_who_waits_gets_the_slot_behind_the_last_sentence(
+    held: Held, pace: Pace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of full pace, between two: nobody plays it."""
-    order = launches(held)
+    order = launches(held, monkeypatch)
 
     async def speak(engine: Engine) -> None:
         held.open.clear()
         lead = LEAD_SECONDS if pace == "realtime" else None
-        first = asyncio.ensure_future(heard(engine.stream(TWO, seed=1, pace=pace, lead_seconds=lead)))  # type: ignore[arg-type]
+        first = asyncio.ensure_future(heard(engine.stream(TWO, seed=1, pace=pace, lead_seconds=lead)))
         await asyncio.to_thread(until, lambda: engine.loop.used_slots == 1)
         other = await waits(engine)
         held.open.set()
@@ -112,7 +115,9 @@ def test_nobody_waits_for_a_text_of_which_nothing_more_comes(held: Held, how: st
         assert is_empty(engine.loop)
 
 
-def test_a_listener_who_waits_for_the_text_has_the_slot_while_there_is_something_to_play(held: Held) -> None:
+def test_a_listener_who_waits_for_the_text_has_the_slot_while_there_is_something_to_play(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def speak(engine: Engine) -> None:
         more = asyncio.Event()
 
@@ -130,7 +135,7 @@ def test_a_listener_who_waits_for_the_text_has_the_slot_while_there_is_something
         more.set()
         await asyncio.gather(speaking, other)
 
-    order = launches(held)
+    order = launches(held, monkeypatch)
     with Engine(held.runtime) as engine:
         run(asyncio.wait_for(speak(engine), LIMIT_SECONDS))
     assert len(set(order)) == 3

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -734,11 +735,11 @@ def test_a_text_that_is_cancelled_as_it_is_asked_for_is_just_over(quick: Engine,
         speech = quick.stream(iter(["Well, good morning."]), seed=seed, pace="full")
         submit = ThreadPoolExecutor.submit
 
-        def cancelled(executor: ThreadPoolExecutor, *work: object, **given: object) -> object:
+        def cancelled(executor: ThreadPoolExecutor, *work: Any, **given: Any) -> object:
             thread = threading.Thread(target=speech.cancel)
             thread.start()
             thread.join(LIMIT_SECONDS)
-            return submit(executor, *work, **given)  # type: ignore[arg-type]
+            return submit(executor, *work, **given)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ThreadPoolExecutor, "submit", cancelled)
