@@ -49,7 +49,7 @@ def rms_norm(hidden_size: int) -> Case:
 def linear_residual(inputs: int, outputs: int) -> Case:
     """A product and the residual."""
 
-    def plan(dtype: torch.dtype, rows: int, capability: int) -> Launch:
+    def plan(dtype: torch.dtype, rows: int, capability: int) -> tuple[Launch, ...]:
         x, residual = empty(rows, inputs, dtype=dtype), empty(rows, outputs, dtype=dtype)
         return plan_linear_residual(x, empty(outputs, inputs, dtype=dtype), residual, capability=capability)
 

@@ -27,7 +27,7 @@ from aloud.kernels.launch import (
     require_rows,
 )
 from aloud.kernels.linear import linear_residual, linear_residual_reference, plan_linear_residual
-from aloud.kernels.product import MATRIX_ROWS, MAX_ROWS
+from aloud.kernels.product import MATRIX_ROWS, MAX_ROWS, PROGRAMS
 from aloud.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton
 
 
@@ -64,14 +64,15 @@ FUSED_BLOCK_BYTES = 32
 SPLIT = 128
 JOINED = 4
 """Parts that the output projection reads at once: 512 positions."""
-PROGRAMS = 128
-"""One for each multiprocessor of a large GPU, or nearly: what stands before the projection is repeated in each."""
 MAX_WEIGHT_BYTES = 2**15
 """A program's slice of the weight, in registers: 32 of each of 256 threads, 64 once they are float32."""
 
 
 def output_block(hidden_size: int, row_bytes: int) -> int:
-    """Rows of the output projection's weight, each of `row_bytes`, that one program owns: a power of two."""
+    """Rows of the output projection's weight, each of `row_bytes`, that one program owns: a power of two.
+
+    No more programs than PROGRAMS: what stands before the projection is repeated in each.
+    """
     block = 1
     while 2 * block * PROGRAMS <= hidden_size and 2 * block * row_bytes <= MAX_WEIGHT_BYTES:
         block *= 2
@@ -231,7 +232,7 @@ def plan_attention_output(
     *,
     capability: int,
 ) -> tuple[Launch, ...]:
-    """The one or two launches behind `attention_output`; the last one's output is the result."""
+    """The one to three launches behind `attention_output`; the last one's output is the result."""
     rows, capacity = query.shape[0], cache.shape[3]
     query = query.contiguous()
     require_rows(cache=cache, weight=weight, residual=residual)
@@ -239,7 +240,7 @@ def plan_attention_output(
         return (_plan_short(query, cache, slots, positions, weight, residual, capability),)
     if capacity <= FUSED_CAPACITY or rows >= MATRIX_ROWS:
         attention = plan_decode_attention(query, cache, slots, positions, capability=capability)
-        return attention, plan_linear_residual(attention.outputs[0], weight, residual, capability=capability)
+        return attention, *plan_linear_residual(attention.outputs[0], weight, residual, capability=capability)
     attention = plan_decode_attention(query, cache, slots, positions, split=SPLIT, capability=capability)
     return attention, _plan_join(attention, positions, weight, residual, query.shape[1], capability)
 

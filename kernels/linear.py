@@ -5,9 +5,10 @@
     norm_swiglu       silu(g) * u, where [g, u] = rms_norm(x) [gate, up]^T      (Shazeer 2020, arXiv:2002.05202)
 
 Weights are [outputs, inputs], rows of x are independent of each other, sums are in float32, and each product, silu and
-sum is rounded to x's dtype, as the references round. How weights stream and how many a program owns: product.py. For
-more rows than these kernels take, the products are cuBLAS's (`..._by_library`), with kernels before and behind them;
-it adds a residual before it rounds, and where it splits a sum, it may round the parts.
+sum is rounded to x's dtype, as the references round. How weights stream and how many a program owns: product.py; where
+rows of a weight are long and too few to fill the chip: long_product.py. For more rows than these kernels take, the
+products are cuBLAS's (`..._by_library`), with kernels before and behind them; it adds a residual before it rounds, and
+where it splits a sum, it may round the parts.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 
 from aloud.kernels.check import check
 from aloud.kernels.launch import ANY_ALIGNMENT, Launch, capability, require_rows
+from aloud.kernels.long_product import plan_long_product
 from aloud.kernels.product import (
     MAX_ROWS,
+    choose_blocks,
     matrix_product,
     norm_matrix_product,
     pair_output,
@@ -78,7 +81,7 @@ def linear_residual_kernel(
         row = tl.arange(0, BLOCK_ROWS)
         residual = _load_residual(residual_ptr, stride_residual_row, output, row, outputs, rows)
         products = matrix_product(
-            x_ptr, weight_ptr, stride_x_row, stride_weight_row, output, row, outputs, rows, inputs, BLOCK_INPUTS
+            x_ptr, weight_ptr, stride_x_row, stride_weight_row, output, row, outputs, rows, 0, inputs, BLOCK_INPUTS
         )
         y = residual + products.to(y_ptr.dtype.element_ty).to(tl.float32)
         _store(y, y_ptr, output, row, outputs, rows)
@@ -227,12 +230,18 @@ def _store(y, y_ptr, output, row, outputs, rows):
     tl.store(y_ptr + row * outputs + output, y.to(y_ptr.dtype.element_ty), mask=(output < outputs) & (row < rows))
 
 
-def plan_linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, *, capability: int) -> Launch:
-    """Plan `linear_residual` for a compute capability (90 for 9.0)."""
+def plan_linear_residual(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, *, capability: int
+) -> tuple[Launch, ...]:
+    """Plan `linear_residual` for a compute capability (90 for 9.0): the last launch's output is the result."""
     require_rows(x=x, weight=weight, residual=residual)
-    y = torch.empty(x.shape[0], weight.shape[0], device=x.device, dtype=x.dtype)
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    blocks = choose_blocks(rows, outputs, inputs, weight.element_size(), plain=True)
+    if blocks.parts > 1:
+        return plan_long_product(x, weight, residual, blocks, capability=capability)
+    y = torch.empty(rows, outputs, device=x.device, dtype=x.dtype)
     arguments = {"residual_ptr": residual, "stride_residual_row": residual.stride(0)}
-    return plan_product(linear_residual_kernel, arguments, x, weight, y, capability=capability)
+    return (plan_product(linear_residual_kernel, arguments, x, weight, y, capability=capability, blocks=blocks),)
 
 
 def plan_norm_linear(
@@ -282,9 +291,10 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tenso
         return linear_residual_reference(x, weight, residual)
     if x.shape[0] > MAX_ROWS:
         return linear_residual_by_library(x, weight, residual)
-    launch = plan_linear_residual(x, weight, residual, capability=capability(x.device))
-    launch.run()
-    return launch.outputs[0]
+    launches = plan_linear_residual(x, weight, residual, capability=capability(x.device))
+    for launch in launches:
+        launch.run()
+    return launches[-1].outputs[0]
 
 
 def norm_linear(x: torch.Tensor, gain: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,14 @@ MATRIX_ROWS = 16
 """From this many rows on, products are on tensor cores."""
 MAX_ROWS = 64
 """Up to this many rows, products are by these kernels; more are cuBLAS's, between smaller kernels of ours."""
+LONG_INPUTS = 4096
+"""Rows of the weight of this length may be split. The sum of parts is a launch of its own, about 2 us: shorter rows do
+not take much longer than that."""
+MAX_PARTS = 8
+PROGRAMS = 128
+"""One for each multiprocessor of a large GPU, or nearly."""
+SHARED_BYTES = 96 * 1024
+"""Of a program, at most: what every architecture has."""
 
 
 @dataclass(frozen=True)
@@ -40,40 +48,34 @@ class Blocks:
     matrix: bool  # on tensor cores
     num_warps: int
     num_stages: int = 1
+    parts: int = 1  # of each row of the weight; more than one are long_product.py's
 
 
-def choose_blocks(rows: int, outputs: int, inputs: int, element_size: int, *, paired: bool) -> Blocks:
+def choose_blocks(
+    rows: int, outputs: int, inputs: int, element_size: int, *, paired: bool = False, plain: bool = False
+) -> Blocks:
     """The launch table: blocks for x of `rows` rows and a weight of `outputs` rows of `inputs` elements.
 
-    `paired`: a program owns an even number of outputs.
-
-    On vector units, a single row of x is taken alone, and 128 threads keep 32 KB of weights in registers: 64 each, 16
-    loads of 16 bytes under way. More rows go together in twos and fours, as far as their registers allow, because each
-    step of the loop over rows waits for x; half as many weights leave room for that and for the weights in float32. But
-    of long rows, too, a program owns four, or as many as 64 KB hold, with a single row's weights in each thread: every
-    program reads all of x again, widens it and sums over its threads, and for one output that is most of the work. 8
-    rows of 8192 in bfloat16 are 128 KB: programs of one output would read eight times as much of x as of weights, those
-    of four read twice as much, in 60 % of the instructions. With the same weights in more threads there would be more
-    sums, and too few registers for normed rows of x. Fewer outputs where that leaves less than about two programs for
-    each of a large GPU's multiprocessors: with 256, an H200's 132 are busy for 97 % of the time.
-
-    Tensor cores take 16 rows of weight at least; more of them read x less often from the level-2 cache, but leave
-    multiprocessors idle where outputs are few: as many as leave 256 programs, and no more than 32 or the rows of x,
-    with which x is half of what a program reads. Blocks of k are 256 bytes long and four stages deep: 12 KB of weights
-    under way in each program at 16 outputs. At 64 there are three, 32 KB under way: every architecture has the shared
-    memory for that. float32 goes to vector units there too, in smaller blocks.
+    `paired`: a program owns an even number of outputs. `plain`: x is multiplied as it is, without a norm.
     """
     if rows >= MATRIX_ROWS:
-        block_rows = next_power_of_2(rows)
-        wide = min(next_power_of_2(outputs) // 256, max(32, block_rows)) if element_size < 4 else 16
-        return Blocks(
-            outputs=max(16, wide),
-            rows=block_rows,
-            inputs=128 if element_size < 4 else 32,
-            matrix=True,
-            num_warps=8 if block_rows > 32 and element_size < 4 else 4,
-            num_stages=3 if wide > 32 else 4,
-        )
+        return _matrix_blocks(rows, outputs, inputs, element_size, plain)
+    return _vector_blocks(rows, outputs, inputs, element_size, paired)
+
+
+def _vector_blocks(rows: int, outputs: int, inputs: int, element_size: int, paired: bool) -> Blocks:
+    """Blocks on vector units.
+
+    A single row of x is taken alone, and 128 threads keep 32 KB of weights in registers: 64 each, 16 loads of 16 bytes
+    under way. More rows go together in twos and fours, as far as their registers allow, because each step of the loop
+    over rows waits for x; half as many weights leave room for that and for the weights in float32. But of long rows,
+    too, a program owns four, or as many as 64 KB hold, with a single row's weights in each thread: every program reads
+    all of x again, widens it and sums over its threads, and for one output that is most of the work. 8 rows of 8192 in
+    bfloat16 are 128 KB: programs of one output would read eight times as much of x as of weights, those of four read
+    twice as much, in 60 % of the instructions. With the same weights in more threads there would be more sums, and too
+    few registers for normed rows of x. Fewer outputs where that leaves less than about two programs for each of a large
+    GPU's multiprocessors: with 256, an H200's 132 are busy for 97 % of the time.
+    """
     block_inputs = next_power_of_2(inputs)
     row_bytes = block_inputs * element_size
     program_bytes = 32 * 1024 if rows == 1 else max(16 * 1024, min(4 * row_bytes, 64 * 1024))
@@ -87,6 +89,42 @@ def choose_blocks(rows: int, outputs: int, inputs: int, element_size: int, *, pa
     )
 
 
+def _matrix_blocks(rows: int, outputs: int, inputs: int, element_size: int, plain: bool) -> Blocks:
+    """Blocks on tensor cores.
+
+    They take 16 rows of weight at least; more of them read x less often from the level-2 cache, but leave
+    multiprocessors idle where outputs are few: as many as leave 256 programs, and no more than 32 or the rows of x,
+    with which x is half of what a program reads.
+
+    Long rows of a plain product are split where a program for as many of them as x has rows would not fill the chip:
+    64 rows of x against 1024 outputs of 8192 inputs are 16 programs for 8 parts each, which read 17 MB of x for the 17
+    MB of weights, where 64 programs of 16 outputs, on half of the chip, read 67.
+
+    Blocks of k are 256 bytes long where x is normed on its way, and so goes through registers; a plain product's are
+    long enough for the 32 KB of weights under way in a program of a split one. Four stages, or what SHARED_BYTES hold.
+    float32 goes to vector units here too, in smaller blocks.
+    """
+    is_wide = element_size >= 4
+    block_rows = next_power_of_2(rows)
+    block_outputs = 16 if is_wide else block_rows
+    parts = min(next_power_of_2(ceil_div(PROGRAMS, ceil_div(outputs, block_outputs))), MAX_PARTS)
+    if not plain or inputs < LONG_INPUTS:
+        parts = 1
+    if parts == 1 and not is_wide:
+        block_outputs = max(16, min(next_power_of_2(outputs) // 256, max(32, block_rows)))
+    block_inputs = 32 if is_wide else 8192 // max(block_outputs, block_rows) if plain else 128
+    stage_bytes = (block_outputs + block_rows) * block_inputs * element_size
+    return Blocks(
+        block_outputs,
+        block_rows,
+        block_inputs,
+        matrix=True,
+        num_warps=8 if block_rows > 32 and not is_wide else 4,
+        num_stages=min(4, SHARED_BYTES // stage_bytes),
+        parts=parts,
+    )
+
+
 def plan_product(
     kernel: Any,
     arguments: dict[str, Any],
@@ -96,18 +134,20 @@ def plan_product(
     *,
     capability: int,
     paired: bool = False,
+    blocks: Blocks | None = None,
 ) -> Launch:
     """Plan a kernel that makes products of x [rows, inputs] and weight [outputs, inputs], and y of them.
 
     The kernel takes `arguments` and x_ptr, weight_ptr, y_ptr, stride_x_row, stride_weight_row, outputs, rows, inputs.
+    `blocks`: those of `choose_blocks`, where the caller has chosen.
     """
     rows, inputs = x.shape
     outputs = weight.shape[0]
-    blocks = choose_blocks(rows, outputs, inputs, weight.element_size(), paired=paired)
+    blocks = blocks or choose_blocks(rows, outputs, inputs, weight.element_size(), paired=paired)
     programmatic = capability >= PROGRAMMATIC_LAUNCH_CAPABILITY
     return Launch(
         kernel=kernel,
-        grid=(ceil_div(outputs, blocks.outputs),),
+        grid=(ceil_div(outputs, blocks.outputs), blocks.parts),
         arguments={
             "x_ptr": x,
             "weight_ptr": weight,
@@ -177,14 +217,18 @@ def matrix_product(
     row,
     outputs,
     rows,
+    first_input,
     inputs,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """Compute products of weight rows `output` and x rows `row` on tensor cores -> float32 [outputs, rows]."""
+    """Compute products of weight rows `output` and x rows `row` on tensor cores -> float32 [outputs, rows].
+
+    Over k from first_input to inputs.
+    """
     total = tl.zeros([output.shape[0], row.shape[0]], tl.float32)
     x_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride_x_row
     weight_ptrs = weight_ptr + output.to(tl.int64)[:, None] * stride_weight_row
-    for start in range(0, inputs, BLOCK_INPUTS):
+    for start in range(first_input, inputs, BLOCK_INPUTS):
         k = start + tl.arange(0, BLOCK_INPUTS)
         inside = (k < inputs)[None, :]
         weight = tl.load(weight_ptrs + k[None, :], mask=(output < outputs)[:, None] & inside, other=0.0)

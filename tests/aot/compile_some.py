@@ -28,8 +28,8 @@ def empty(*shape: int) -> torch.Tensor:
 
 reports: dict[str, Any] = {" ".join(map(str, job)): compiled(*job) for job in json.loads(sys.argv[1])}
 shifted = empty(1 + 256 * 1024)[1:].view(256, 1024)
-launch = plan_linear_residual(empty(1, 1024), shifted, empty(1, 256), capability=90)
+(launch,) = plan_linear_residual(empty(1, 1024), shifted, empty(1, 256), capability=90)
 reports["shifted"] = asdict(compile_launch(launch, 90))
 jobs = specializations(["down.depth"], [90]).values()
-reports["jobs"] = [job.rows for job in jobs if job.dtype == torch.bfloat16]
+reports["jobs"] = [(job.launch, job.rows) for job in jobs if job.dtype == torch.bfloat16]
 print(json.dumps(reports))

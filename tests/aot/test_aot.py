@@ -23,7 +23,8 @@ ONE_ROW = [
     ["down.depth", "float16", 1, 90],
     ["projector", "bfloat16", 1, 90],
 ]
-OTHERS = [["gate_up.depth", "bfloat16", 16, 90], ["down.depth", "bfloat16", 1, 80], ["norm.backbone", "float16", 2, 90]]
+STREAMED = [["gate_up.depth", "bfloat16", 16, 90], ["down.depth", "bfloat16", 64, 90]]
+OTHERS = [*STREAMED, ["down.depth", "bfloat16", 1, 80], ["norm.backbone", "float16", 2, 90]]
 
 
 def printed(script: str, *arguments: str) -> Any:
@@ -69,8 +70,9 @@ def test_kernels_before_hopper_do_not_wait(reports):
     assert "PREEXIT" not in order
 
 
-def test_matrix_products_stream_through_shared_memory(reports):
-    report = reports["gate_up.depth bfloat16 16 90"]
+@pytest.mark.parametrize("job", STREAMED, ids=lambda job: " ".join(map(str, job)))
+def test_matrix_products_stream_through_shared_memory(job, reports):
+    report = reports[" ".join(map(str, job))]
     assert "LDGSTS.128(weight)" in report["order"]
     assert report["shared_bytes"] > 16 * 1024
 
@@ -95,7 +97,10 @@ def test_what_decides_the_machine_code_is_what_triton_says():
 
 
 def test_rows_with_one_machine_code_are_compiled_once(reports):
-    assert reports["jobs"] == [1, 2, 16, 32, 64]
+    """`down.depth`: whole, and from 16 rows on in parts that a second launch adds."""
+    assert reports["jobs"] == [[0, rows] for rows in (1, 2)] + [
+        [place, rows] for rows in (16, 32, 64) for place in (0, 1)
+    ]
 
 
 LISTING = """

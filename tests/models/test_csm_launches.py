@@ -82,6 +82,25 @@ def test_a_frame_of_many_streams(asked: Asked, model: Csm, state: CsmState) -> N
     assert asked.others == {"mm": 2 * PASSED + 1 + CODEBOOKS, "addmm_": 2 * PASSED, "cat": 1, "stack": 1}
 
 
+def test_a_frame_of_sixteen_streams(asked: Asked, model: Csm, state: CsmState) -> None:
+    """Five launches a layer, six in the depth decoder, whose long product is split; two between two codebooks."""
+    model.draw(state, of_slots(16))
+    assert asked.kernels == {
+        "begin_frame": 1,
+        "norm_qkv_rope": PASSED,
+        "decode_attention": PASSED,
+        "norm_swiglu": PASSED,
+        "linear_residual": 2 * LAYERS + PASSED - LAYERS,
+        "part_product": PASSED - LAYERS,
+        "sum_parts": PASSED - LAYERS,
+        "norm_linear": 1 + CODEBOOKS,
+        "draw_embed": CODEBOOKS,
+        "end_frame": 1,
+    }
+    assert asked.kernels.total() == 891
+    assert not asked.on_host
+
+
 @pytest.mark.parametrize("rows", [3, 16, 33, MAX_ROWS])
 def test_a_frame_is_kernels_and_two_copies(asked: Asked, model: Csm, state: CsmState, rows: int) -> None:
     """Up to 64 rows; the depth decoder's first step has two rows a stream, and is a library's from 33 streams on."""

@@ -10,6 +10,7 @@ programmatic launch's wait. What such launches read before it, and others write,
     arithmetic.py    instructions between registers
     instructions.py  loads, stores, copies, waits
     warp.py          instructions of a warp: shuffles, matrices
+    warp_group.py    products of four warps
     memory.py        shared and global memory
     order.py         which access comes before which
     machine.py       threads, branches, barriers

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import warp
+from . import warp, warp_group
 from .arithmetic import STORED, TYPES
 from .order import Accesses, Fault
 from .program import Address, Instruction, Name, Number, Operand, Register, Vector
@@ -207,10 +207,10 @@ HANDLERS: dict[str, Callable[[Machine, Instruction, Array | None], None]] = {
     "griddepcontrol.wait": _grid_wait,
     "griddepcontrol.launch_dependents": _nothing,
     "fence.proxy.async.shared::cta": _nothing,
-    "wgmma.fence.sync.aligned": warp.fence_products,
-    "wgmma.commit_group.sync.aligned": warp.fence_products,
-    "wgmma.wait_group.sync.aligned": warp.wait_for_products,
-    "wgmma.mma_async.": warp.multiply_in_groups,
+    "wgmma.fence.sync.aligned": warp_group.fence,
+    "wgmma.commit_group.sync.aligned": warp_group.commit,
+    "wgmma.wait_group.sync.aligned": warp_group.wait,
+    "wgmma.mma_async.": warp_group.multiply,
     "mma.sync.": warp.multiply,
     "ldmatrix.": warp.load_matrix,
     "stmatrix.": warp.store_matrix,

@@ -20,6 +20,7 @@ from .memory import Global, Region
 from .order import ONE, Accesses, Clocks, Fault
 from .program import Address, Instruction, Name, Number, Operand, Program, Register
 from .warp import whole_warps
+from .warp_group import Product
 
 Array = Any
 
@@ -55,9 +56,9 @@ class Machine:
         numbers["%ntid.x"] = np.full_like(place, program.threads)
         self.registers: dict[str, Array] = {name: value.astype(np.uint32) for name, value in numbers.items()}
         self.copies: list[Copy] = []
-        self.accumulating: set[str] = set()  # registers of products that are not waited for yet
-        self.tiles: list[Accesses] = []  # what they read
-        self.groups_begun = np.zeros(len(self.everybody), np.int64)
+        self.products: list[Product] = []
+        # Of copies and of products, the groups that each thread has committed.
+        self.groups_begun, self.batches_begun = (np.zeros(len(self.everybody), np.int64) for _ in range(2))
         self.waited = np.zeros(len(self.everybody), bool)
         self.programmatic = any(i.opcode == "griddepcontrol.wait" for i in program.instructions)
         # Which bytes of tensors were written, and which were read before the wait for the kernel before.
@@ -69,7 +70,7 @@ class Machine:
     def get(self, operand: Operand, kind: str, lanes: Array | None) -> Array:
         """An operand's bits: an array over `lanes`, or one number."""
         if isinstance(operand, Register):
-            if operand.name in self.accumulating:
+            if self._is_under_way(operand, lanes):
                 raise Fault(f"reads {operand.name}, which a product under way adds to")
             try:
                 value = self.registers[operand.name]
@@ -86,6 +87,10 @@ class Machine:
             return np.uint32(0)
         raise Fault(f"has an operand that is not known here: {operand}")
 
+    def _is_under_way(self, register: Register, lanes: Array | None) -> bool:
+        lanes = self.everybody if lanes is None else lanes
+        return any(product.is_under_way(register.name, lanes) for product in self.products)
+
     def every(self, operand: Operand, kind: str, lanes: Array | None) -> Array:
         """As `get`, always an array over `lanes`."""
         value = self.get(operand, kind, lanes)
@@ -97,6 +102,8 @@ class Machine:
         assert np.shape(value) in ((), (self.count(lanes),))
         if register.name == "_":
             return
+        if self._is_under_way(register, lanes):
+            raise Fault(f"writes {register.name}, which a product under way adds to")
         dtype = REGISTERS.get(register.name.rstrip("0123456789"), value.dtype)  # some have a name, for a few lines
         if lanes is None:
             self.registers[register.name] = value.astype(dtype)

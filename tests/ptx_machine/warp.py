@@ -1,7 +1,7 @@
 """Instructions that a warp's 32 threads run together: shuffles, reductions, matrices.
 
-Layouts of matrices are those of the PTX ISA, "Warp-level matrix instructions" and "Asynchronous warpgroup level matrix
-instructions". A fragment of 8 by 8 elements of 16 bits: thread t has row t / 4, columns 2 (t mod 4) and the next.
+Layouts of matrices are those of the PTX ISA, "Warp-level matrix instructions". A fragment of 8 by 8 elements of 16
+bits: thread t has row t / 4, columns 2 (t mod 4) and the next.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arithmetic import halves, joined, read
-from .order import PROGRAM, WARP, Accesses, Fault
-from .program import Address, Instruction, Number, Register, Vector
+from .order import WARP, Fault
+from .program import Address, Instruction, Vector
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -132,73 +132,3 @@ def multiply(machine: Machine, instruction: Instruction, lanes: Array | None) ->
     d = a @ b + c
     for register, (row, column) in zip(target.registers, places, strict=True):
         machine.set(register, d[:, ROW + row, COLUMN + column].reshape(-1).view(np.uint32), lanes)
-
-
-def multiply_in_groups(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
-    """wgmma.mma_async: d [64, n] (+)= a [64, 16] b [n, 16]^T of four warps, both from shared memory, in float32."""
-    shape = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(b?f16)\.\2", instruction.opcode)
-    target, a_operand, b_operand, keep, *signs = instruction.operands
-    if shape is None or [sign.bits for sign in signs] != [1, 1, 0, 0] or not isinstance(a_operand, Register):
-        raise Fault("a product of matrices that is not known here")
-    warps = whole_warps(machine, lanes)
-    if len(warps) % 4 or (warps.reshape(-1, 128) != warps[::4, :1] // 128 * 128 + np.arange(128)).any():
-        raise Fault("not all four warps of a group run this together")
-    groups, columns = len(warps) // 4, int(shape[1])
-    first = warps.reshape(-1, 128)[:, 0]
-    a, b = (
-        _described(machine, machine.every(operand, "b64", lanes).reshape(-1, 128), first, rows, shape[2])
-        for operand, rows in ((a_operand, 64), (b_operand, columns))
-    )
-    d = a @ b.swapaxes(1, 2)
-    machine.accumulating -= {register.name for register in target.registers}  # one product after the other
-    kept = machine.every(keep, "pred", lanes).reshape(-1, 128)[:, :1, None]
-    row = 16 * np.arange(4)[:, None] + ROW  # [warps, 32]
-    for block in range(columns // 8):
-        for index, (down, right) in enumerate(((0, 0), (0, 1), (8, 0), (8, 1))):
-            register = target.registers[4 * block + index]
-            values = d[:, row + down, 8 * block + COLUMN + right]  # [groups, warps, 32]
-            before = machine.every(register, "b32", lanes).view(np.float32).reshape(groups, 4, 32)
-            total = np.where(kept, before, np.float32(0)) + values
-            machine.set(register, total.astype(np.float32).reshape(-1).view(np.uint32), lanes)
-    machine.accumulating |= {register.name for register in target.registers}
-
-
-def fence_products(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
-    """wgmma.fence, wgmma.commit_group: what they order is done in order here; whether they are there is not checked."""
-    whole_warps(machine, lanes)
-
-
-def wait_for_products(machine: Machine, instruction: Instruction, lanes: Array | None) -> None:
-    """wgmma.wait_group 0: products are done."""
-    whole_warps(machine, lanes)
-    if instruction.operands != (Number(0),):
-        raise Fault("a wait for some products is not known here")
-    machine.accumulating.clear()
-    for tile in machine.tiles:
-        now = Accesses.now(tile.lanes, tile.offsets, tile.size, machine.clocks, PROGRAM)
-        machine.shared.watched().end_read(now)
-    machine.tiles.clear()
-
-
-def _described(machine: Machine, descriptors: Array, first: Array, rows: int, kind: str) -> Array:
-    """The matrix [groups, rows, 16] that descriptors of shared memory name ("Matrix descriptor format")."""
-    if (descriptors != descriptors[:, :1]).any():
-        raise Fault("threads of a group name different matrices")
-    descriptor = descriptors[:, 0].astype(np.int64)
-    start, stride = (descriptor & 0x3FFF) * 16, (descriptor >> 32 & 0x3FFF) * 16
-    base_offset, swizzle = descriptor >> 49 & 7, descriptor >> 62 & 3
-    if (base_offset != 0).any() or (swizzle != swizzle[0]).any() or swizzle[0] == 0:
-        raise Fault("a layout of matrices that is not known here")
-    row_bytes = {1: 128, 2: 64, 3: 32}[int(swizzle[0])]
-    row = np.arange(rows)[None, :, None]
-    piece = np.arange(2)[None, None, :]  # of 16 bytes, which stay together
-    address = start[:, None, None] + row // 8 * stride[:, None, None] + row % 8 * row_bytes + 16 * piece
-    bits = {128: 7, 64: 3, 32: 1}[row_bytes]
-    address ^= (address >> 7 & bits) << 4
-    readers = np.broadcast_to(first[:, None, None], address.shape).reshape(-1)
-    data = machine.load_shared(readers, address.reshape(-1), np.dtype(np.uint16), 8, PROGRAM)
-    offsets = address.reshape(-1) + machine.clocks.program(readers) * machine.shared_bytes
-    tile = Accesses.now(readers, offsets, 16, machine.clocks, PROGRAM)
-    machine.shared.watched().keep_reading(tile)
-    machine.tiles.append(tile)
-    return read(data.reshape(len(first), rows, 16), kind).astype(np.float32)

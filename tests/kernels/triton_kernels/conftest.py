@@ -18,7 +18,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import interpreter
 
-from aloud.kernels import product
+from aloud.kernels import linear, product
 from aloud.kernels.launch import Launch, capability
 from ptx_machine.launches import Chain
 
@@ -101,12 +101,13 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def run(device: torch.device, version: int) -> Callable[..., torch.Tensor]:
-    """A function: plan a launch, run it, return its first output on the CPU."""
+    """A function: plan one launch or several, run them, return the last one's first output on the CPU."""
 
-    def run(plan: Callable[..., Launch], *arguments: object) -> torch.Tensor:
+    def run(plan: Callable[..., Launch | tuple[Launch, ...]], *arguments: object) -> torch.Tensor:
         moved = [argument.to(device) if isinstance(argument, torch.Tensor) else argument for argument in arguments]
-        launch = plan(*moved, capability=version)
-        launch.run()
+        planned = plan(*moved, capability=version)
+        for launch in planned if isinstance(planned, tuple) else (planned,):
+            launch.run()
         for before, after in zip(arguments, moved, strict=True):
             if isinstance(before, torch.Tensor) and before.device != device:
                 before.copy_(after)  # what the kernel wrote into its arguments
@@ -130,11 +131,12 @@ def as_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give programs 8 rows of the weight each, which small weights would not have, in the kernels on vector units."""
     choose = product.choose_blocks
 
-    def choose_more(*arguments: int, paired: bool) -> product.Blocks:
-        blocks = choose(*arguments, paired=paired)
+    def choose_more(*arguments: int, **options: bool) -> product.Blocks:
+        blocks = choose(*arguments, **options)
         return blocks if blocks.matrix else dataclasses.replace(blocks, outputs=8)
 
-    monkeypatch.setattr(product, "choose_blocks", choose_more)
+    for module in (product, linear):
+        monkeypatch.setattr(module, "choose_blocks", choose_more)
 
 
 @pytest.fixture

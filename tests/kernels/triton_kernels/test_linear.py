@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product as product_of
+
 import pytest
 import torch
 
-from aloud.kernels import product
+from aloud.kernels import linear, product
 from aloud.kernels.linear import (
     linear_residual_reference,
     norm_linear_reference,
@@ -14,7 +16,7 @@ from aloud.kernels.linear import (
     plan_norm_linear,
     plan_norm_swiglu,
 )
-from aloud.kernels.product import MATRIX_ROWS, choose_blocks
+from aloud.kernels.product import MATRIX_ROWS, SHARED_BYTES, choose_blocks
 
 EPS = 1e-5
 OPERATIONS = {
@@ -74,11 +76,13 @@ def test_csm_shapes_in_small(name, inputs, outputs, rows, dtype, run, random, as
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_long_rows(name, rows, dtype, run, random, assert_as_close, monkeypatch):
     # As of a large weight: a program owns several outputs, and more threads take them.
-    monkeypatch.setattr(
-        product, "choose_blocks", lambda rows, outputs, *rest, paired: choose_blocks(rows, 2048, *rest, paired=paired)
-    )
+    for module in (product, linear):
+        monkeypatch.setattr(
+            module, "choose_blocks", lambda rows, outputs, *rest, **options: choose_blocks(rows, 2048, *rest, **options)
+        )
     arguments = make_arguments(name, rows, 5000, 6, dtype, random)
-    launch = OPERATIONS[name][0](*arguments, capability=80)
+    planned = OPERATIONS[name][0](*arguments, capability=80)
+    launch = planned[0] if isinstance(planned, tuple) else planned
     assert launch.constants["BLOCK_OUTPUTS"] == (2 if dtype == torch.float32 else 4)
     assert launch.num_warps == 8
     check(name, arguments, run, assert_as_close)
@@ -125,13 +129,18 @@ def test_float16_gain_beyond_its_range(name, rows, run, random, assert_as_close)
 @pytest.mark.parametrize("rows", [1, 4, 15, 16, 33, 64])
 @pytest.mark.parametrize("element_size", [2, 4])
 def test_blocks(element_size, rows):
-    for outputs, inputs in ((3072, 2048), (16384, 1024), (2048, 8192), (1, 1), (5000, 40_000)):
-        blocks = choose_blocks(rows, outputs, inputs, element_size, paired=True)
+    shapes = ((3072, 2048), (16384, 1024), (2048, 8192), (1, 1), (5000, 40_000), (100_000, 8192))
+    for (outputs, inputs), plain in product_of(shapes, (False, True)):
+        blocks = choose_blocks(rows, outputs, inputs, element_size, paired=True, plain=plain)
         assert blocks.outputs % 2 == 0
         assert blocks.matrix == (rows >= MATRIX_ROWS)
         if blocks.matrix:
             assert blocks.rows >= rows
             assert blocks.outputs >= 16
+            assert blocks.num_stages >= 3
+            stage_bytes = (blocks.rows + blocks.outputs) * blocks.inputs * element_size
+            assert blocks.num_stages * stage_bytes <= SHARED_BYTES
+            assert blocks.parts == 1 or plain
         else:
             assert blocks.inputs >= inputs
             weights_a_thread = blocks.outputs * blocks.inputs * element_size / (32 * blocks.num_warps)
@@ -142,6 +151,6 @@ def test_blocks(element_size, rows):
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1024, 8192), (2048, 8192), (1024, 2048), (3072, 2048), (1536, 1024)])
 def test_a_program_owns_enough_to_read_x_for(outputs, inputs, element_size, rows):
-    blocks = choose_blocks(rows, outputs, inputs, element_size, paired=False)
+    blocks = choose_blocks(rows, outputs, inputs, element_size)
     assert blocks.outputs >= 4 or blocks.outputs * inputs * element_size == 64 * 1024
     assert outputs >= 256 * blocks.outputs
