@@ -27,7 +27,9 @@ def check(arguments, run, assert_as_close):
 
 
 @pytest.mark.parametrize("rows", [16, 17, 33, 64], ids="{} rows".format)
-def test_row_counts(rows, dtype, run, random, assert_as_close):
+def test_row_counts(rows, dtype, run, random, assert_as_close, version):
+    if version // 10 == 10 and rows > 32 and dtype != torch.float32 and not torch.cuda.is_available():
+        pytest.skip("the machine does not know tcgen05")
     check(make_arguments(rows, LONG_INPUTS, 72, dtype, random), run, assert_as_close)
 
 
