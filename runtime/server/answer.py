@@ -44,12 +44,16 @@ class SpeechAnswer(Response):
         metrics: Metrics,
         *,
         events: bool,
+        is_played: bool,
         write_seconds: float,
         input_tokens: int,
         log: dict[str, Any],
         when_over: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """Of a speech; `when_over` is awaited once it is over, before the client is told."""
+        """Of a speech; `when_over` is awaited once it is over, before the client is told.
+
+        is_played: somebody listens while it is made, so how long they wait is counted.
+        """
         self.background = None
         self._speech = speech
         self._format = format
@@ -62,7 +66,7 @@ class SpeechAnswer(Response):
         self._when_over = when_over
         self._ending: asyncio.Future[None] | None = None  # `when_over`
         self._failed: Exception | None = None  # what is to be raised behind the chunks that were there before it
-        self._progress = Progress(time.monotonic())
+        self._progress = Progress(time.monotonic(), is_played)
         self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,7 +97,8 @@ class SpeechAnswer(Response):
                 task.cancel()
             await asyncio.gather(answering, return_exceptions=True)  # what it raised was told, or nobody is there
             self._log |= {"outcome": outcome} | self._metrics.count(self._progress, outcome)
-            if outcome == "finished" and self._progress.audio_seconds > 0:  # a socket's depends on its text's time
+            is_timed = outcome == "finished" and self._progress.is_played  # a socket's depends on its text's time
+            if is_timed and self._progress.audio_seconds > 0:
                 taken = time.monotonic() - self._progress.asked
                 self._metrics.real_time_factor.observe(taken / self._progress.audio_seconds)
             await self._over()

@@ -94,6 +94,7 @@ def _speech_routes(
             encoders,
             metrics,
             events=body.stream_format == "sse",
+            is_played=body.pace == "realtime",
             write_seconds=settings.limits.write_seconds,
             input_tokens=len(engine.runtime.tokenizer.encode(body.input)),
             log=log,

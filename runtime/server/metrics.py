@@ -21,6 +21,7 @@ class Progress:
     """How one speech is doing."""
 
     asked: float  # when, in seconds of time.monotonic
+    is_played: bool = True  # while it is made; nobody waits for the parts of a file
     first_audio: float | None = None
     audio_seconds: float = 0.0
     underrun_seconds: float = 0.0
@@ -44,13 +45,13 @@ class Metrics:
         )
         self.first_audio = Histogram(
             "aloud_time_to_first_audio_seconds",
-            "From the request to its first audio.",
+            "From the request to its first audio, in real time.",
             buckets=FIRST_AUDIO_BUCKETS,
             registry=self._registry,
         )
         self.real_time_factor = Histogram(
             "aloud_real_time_factor",
-            "Seconds of a whole answer, waiting included, for a second of its audio; long ones are paced, and near 1.",
+            "Seconds of a paced answer, waiting included, for a second of its audio; long ones are near 1.",
             buckets=FACTOR_BUCKETS,
             registry=self._registry,
         )
@@ -71,9 +72,10 @@ class Metrics:
         if progress.first_audio is None:
             return {}
         waited = progress.first_audio - progress.asked
-        self.first_audio.observe(waited)
         self.audio_seconds.inc(progress.audio_seconds)
-        self.underrun_seconds.inc(progress.underrun_seconds)
+        if progress.is_played:
+            self.first_audio.observe(waited)
+            self.underrun_seconds.inc(progress.underrun_seconds)
         return {"first_audio_ms": round(1000 * waited, 1), "audio_s": round(progress.audio_seconds, 2)}
 
     def text(self) -> bytes:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from aloud.errors import AudioInvalid, AudioTooLong
-from aloud.live import Engine
+from aloud.live import Engine, Pace
 from aloud.live_speech import LiveSpeech
 from aloud.prepare import MAX_SPEAKER
 from aloud.request import MAX_TEMPERATURE, Segment
@@ -98,6 +98,11 @@ class SpeechBody(Strict):
     response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = "mp3"
     speed: Number = Field(1.0, description="Only 1.0.", json_schema_extra={"minimum": 1, "maximum": 1})
     stream_format: Literal["audio", "sse"] = "audio"
+    pace: Pace = Field(
+        "realtime",
+        description="`realtime`: for who listens meanwhile, sent at most some seconds ahead of being played. "
+        "`full`: for a file, as fast as those who listen leave room; it may wait for them, also in the middle.",
+    )
     seed: Whole | None = Field(None, ge=0, lt=2**64)
     temperature: Number | None = Field(None, ge=0, le=MAX_TEMPERATURE)
     top_k: Whole | None = Field(None, ge=0, lt=2**31)
@@ -120,7 +125,8 @@ async def begin(
     """
     _check(body, limits)
     name = body.voice if isinstance(body.voice, str) else body.voice.id
-    given: dict[str, Any] = {"seed": body.seed, "max_seconds": body.max_seconds, "lead_seconds": limits.lead_seconds}
+    given: dict[str, Any] = {name: getattr(body, name) for name in ("seed", "max_seconds", "pace")}
+    given["lead_seconds"] = limits.lead_seconds
     if body.session_id is not None:
         is_chosen = "voice" in body.model_fields_set
         kept = await asyncio.to_thread(sessions.open, owner, body.session_id, name, is_chosen=is_chosen)

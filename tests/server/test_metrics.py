@@ -89,6 +89,12 @@ def test_the_real_time_factor_is_of_what_is_paced(engine: Engine) -> None:
         assert values(server)["aloud_real_time_factor_sum"] > (2.4 - 0.4 - 0.2) / 2.4
         with server.client() as client:
             (described,) = re.findall("# HELP aloud_real_time_factor (.*)", client.get("/metrics").text)
+        server.speech(input=LONG, max_seconds=2.4, pace="full")
+        wait_until(lambda: server.is_idle)
+        after = values(server)
+        for name in ("real_time_factor", "time_to_first_audio_seconds"):
+            assert after[f"aloud_{name}_count"] == 1, "nobody waits for the parts of a file"
+        assert after["aloud_audio_seconds_total"] == pytest.approx(4.8)
     dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text(encoding="utf-8"))
     (panel,) = (panel for panel in dashboard["panels"] if "aloud_real_time_factor" in str(panel["targets"]))
     for said in (described, panel["description"]):

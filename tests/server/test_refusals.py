@@ -32,6 +32,7 @@ REFUSED = {
     "input-a-list": ({"input": ["a"]}, 400, "input"),
     "format": ({"response_format": "mp4"}, 400, "response_format"),
     "stream-format": ({"stream_format": "websocket"}, 400, "stream_format"),
+    "pace": ({"pace": "fast"}, 400, "pace"),
     "seed-negative": ({"seed": -1}, 400, "seed"),
     "seed-large": ({"seed": 2**64}, 400, "seed"),
     "seed-huge": ({"seed": 10**300}, 400, "seed"),

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from aloud import Engine
 from aloud.audio_file import to_int16
-from server.running import FRAME, LONG, RATE, TEXT, Running, asked, decoded, events_of, pcm
+from aloud.server.settings import Limits, Settings
+from server.running import FRAME, LONG, RATE, TEXT, Running, asked, decoded, events_of, pcm, serving
 
 CONTENT_TYPES = {
     "mp3": "audio/mpeg",
@@ -179,6 +181,17 @@ def test_a_long_text_is_spoken_sentence_by_sentence(server: Running) -> None:
     np.testing.assert_array_equal(
         np.frombuffer(answer.content, "<i2"), to_int16(np.concatenate([chunk.samples for chunk in made]))
     )
+
+
+def test_a_file_is_made_as_fast_as_it_can_be(engine: Engine) -> None:
+    """The same audio as for who listens, in less time than to listen to it takes."""
+    with serving(engine, Settings(model="small", limits=Limits(lead_seconds=0.4))) as server:
+        began = time.monotonic()
+        file = server.speech(input=LONG, max_seconds=8, pace="full", session_id="file")
+        assert time.monotonic() - began < 8 - 0.4 - 1
+        assert len(file.content) == 2 * round(8 * RATE)
+        short = [server.speech(pace=pace).content for pace in ("full", "realtime")]
+        assert short[0] == short[1]
 
 
 def test_request_ids_differ(server: Running) -> None:
