@@ -10,11 +10,15 @@ conversation. Audio is 16-bit little-endian mono at the model's rate, which is 2
 | `conversation.item.create` | a message with text, to be spoken |
 | `response.create` | speak: `response.created`, `response.output_audio.delta` for each 80 ms, `response.done` |
 | `response.cancel` | stop at once; the `response.done` that follows says `cancelled` |
+| `conversation.item.truncate` | of the last response, no more than `audio_end_ms` was heard: see below |
 
-Of what else Realtime has, `input_audio_buffer.*`, `output_audio_buffer.clear` and `conversation.item.truncate`,
-`.delete` and `.retrieve` are answered by one `error` at the first of each type, and ignored from then on: a client may
-send its microphone. Everything else is answered by one `error` each. After 100 messages that were wrong or refused, in
-all (`SocketLimits.errors`), the socket is closed with code 1008.
+A response that is truncated while it is spoken stops, as with `response.cancel`. What was not heard is no context for
+what follows, but for the text of a sentence that was heard in part.
+
+Of what else Realtime has, `input_audio_buffer.*`, `output_audio_buffer.clear` and `conversation.item.delete` and
+`.retrieve` are answered by one `error` at the first of each type, and ignored from then on: a client may send its
+microphone. Everything else is answered by one `error` each. After 100 messages that were wrong or refused, in all
+(`SocketLimits.errors`), the socket is closed with code 1008.
 
 When the server stops, the response that is being spoken is spoken to its end, everything new to say is answered by an
 `error`, and the socket is closed with code 1012.
@@ -46,6 +50,7 @@ from aloud.server.realtime_events import (
     ResponseFields,
     SessionAudio,
     SessionFields,
+    Truncation,
 )
 from aloud.server.settings import Settings
 from aloud.server.voices import Registry
@@ -103,6 +108,7 @@ class RealtimeSocket:
         self._asked_by: str | None = None  # the event that is being answered
         self._ignored: set[str] = set()  # types of unserved events of which the client has been told
         self._response: Response | None = None
+        self._last_response: Response | None = None  # that one, or what may still be played
 
     async def run(self) -> None:
         """Until the socket ends; nothing is left of it then."""
@@ -125,6 +131,9 @@ class RealtimeSocket:
         self._asked_by = head.event_id
         if head.type in UNSERVED:
             await self._ignore(head.type)
+            return
+        if head.type == "conversation.item.truncate":
+            await self._truncate(TypeAdapter(Truncation).validate_json(text))
             return
         if head.type not in ("session.update", "conversation.item.create", "response.create", "response.cancel"):
             raise Problem(400, "This server only speaks: it does not know this event.", "unknown_event", "type")
@@ -199,7 +208,17 @@ class RealtimeSocket:
         text = " ".join(texts)
         lead = self._settings.limits.lead_seconds
         speech = self._session.stream(text, lead_seconds=lead, is_taken=True)
-        self._response = Response(self, speech, text)
+        self._response = self._last_response = Response(self, speech, text)
+
+    async def _truncate(self, truncation: Truncation) -> None:
+        response = self._last_response
+        if response is None or truncation.item_id != response.item_id:
+            message = "Only the last thing that was said can be cut to what was heard of it."
+            raise Problem(400, message, "item_not_truncatable", "item_id")
+        if response is self._response:
+            await response.stop()
+        response.keep_heard(truncation.audio_end_ms / 1000)
+        await self._send("conversation.item.truncated", **truncation.model_dump())
 
     def _check_length(self, texts: list[str]) -> None:
         most = self._settings.limits.text_characters
@@ -267,7 +286,7 @@ class Response:
 
     def __init__(self, socket: RealtimeSocket, speech: LiveSpeech, text: str) -> None:
         self.id = _id("resp")
-        self._item_id = _id("item")
+        self.item_id = _id("item")
         self._socket = socket
         self._speech = speech
         self._text = text
@@ -287,6 +306,10 @@ class Response:
             self._speaking.cancel()
         await asyncio.wait({self._task})
 
+    def keep_heard(self, seconds: float) -> None:
+        """Forget what was not heard; it is no longer being spoken."""
+        self._speech.interrupt(seconds)
+
     async def spoken(self) -> None:
         """Return when all of it was said."""
         await asyncio.wait({self._task})
@@ -295,7 +318,7 @@ class Response:
         status = "failed"
         details: dict[str, Any] | None = None
         progress, outcome, failure = Progress(time.monotonic()), "client_gone", None
-        where = {"response_id": self.id, "item_id": self._item_id, "output_index": 0, "content_index": 0}
+        where = {"response_id": self.id, "item_id": self.item_id, "output_index": 0, "content_index": 0}
         self._socket.begun()
         try:
             await self._begin(where)
@@ -328,7 +351,7 @@ class Response:
                 self._frames += 1
 
     async def _begin(self, where: dict[str, Any]) -> None:
-        send, item = self._socket.send_of_response, _message(self._item_id, "assistant", "in_progress", [])
+        send, item = self._socket.send_of_response, _message(self.item_id, "assistant", "in_progress", [])
         await send("response.created", {"response": self._described("in_progress", None, [])})
         await send("response.output_item.added", {"response_id": self.id, "output_index": 0, "item": item})
         await send("response.content_part.added", where | {"part": {"type": "audio", "transcript": ""}})
@@ -337,13 +360,13 @@ class Response:
     async def _end(self, where: dict[str, Any], status: str, details: dict[str, Any] | None) -> None:
         send = self._socket.send_of_response
         content = [{"type": "output_audio", "transcript": self._text}]
-        item = _message(self._item_id, "assistant", "completed" if status == "completed" else "incomplete", content)
+        item = _message(self.item_id, "assistant", "completed" if status == "completed" else "incomplete", content)
         await send("response.output_audio.done", where)
         await send("response.output_audio_transcript.done", where | {"transcript": self._text})
         await send("response.content_part.done", where | {"part": {"type": "audio", "transcript": self._text}})
         await send("response.output_item.done", {"response_id": self.id, "output_index": 0, "item": item})
         await send("response.done", {"response": self._described(status, details, [item])})
-        self._socket.over(self._item_id)
+        self._socket.over(self.item_id)
 
     def _described(self, status: str, details: dict[str, Any] | None, output: list[Any]) -> dict[str, Any]:
         described: dict[str, Any] = {

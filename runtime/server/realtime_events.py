@@ -16,7 +16,6 @@ UNSERVED = frozenset(
         "output_audio_buffer.clear",
         "conversation.item.delete",
         "conversation.item.retrieve",
-        "conversation.item.truncate",
     }
 )
 """Events of Realtime that mean nothing here, and that a client with a microphone sends all the time."""
@@ -96,6 +95,14 @@ class ClientEvent(BaseModel):
 
 
 EVENT: TypeAdapter[ClientEvent] = TypeAdapter(ClientEvent)
+
+
+class Truncation(BaseModel):
+    """What is looked at in `conversation.item.truncate`."""
+
+    item_id: str
+    content_index: Literal[0] = 0
+    audio_end_ms: int = Field(ge=0)
 
 
 class EventHead(BaseModel):

@@ -121,10 +121,68 @@ def test_cancel_ends_the_response_at_once(served: Served) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("heard_ms", [150, 0, 10_000])
+def test_what_was_not_heard_is_no_context(
+    served: Served, engine: Engine, monkeypatch: pytest.MonkeyPatch, heard_ms: int
+) -> None:
+    greedy(engine, monkeypatch)
+    session = engine.session()
+    speech = session.stream(TEXT)
+    first = [to_int16(chunk.samples).tobytes() for chunk in speech]
+    whole = engine.session()
+    list(whole.stream(TEXT))
+    behind_all = b"".join(to_int16(chunk.samples).tobytes() for chunk in whole.stream(TEXT))
+    speech.interrupt(heard_ms / 1000)
+    second = b"".join(to_int16(chunk.samples).tobytes() for chunk in session.stream(TEXT))
+    assert (second == behind_all) == (heard_ms > 400)
+
+    async def run() -> None:
+        async with connected(served) as connection:
+            await ask(connection, TEXT)
+            await connection.response.create()
+            events = await until(connection, "response.done")
+            assert pcm(events) == b"".join(first)
+            item_id = events[-1].response.output[0].id
+            await connection.conversation.item.truncate(item_id=item_id, content_index=0, audio_end_ms=heard_ms)
+            told = (await until(connection, "conversation.item.truncated"))[-1]
+            assert (told.item_id, told.content_index, told.audio_end_ms) == (item_id, 0, heard_ms)
+            await ask(connection, TEXT)
+            await connection.response.create()
+            assert pcm(await until(connection, "response.done")) == second
+            await connection.conversation.item.truncate(item_id=item_id, content_index=0, audio_end_ms=0)
+            assert (await until(connection, "error"))[-1].error.code == "item_not_truncatable"
+
+    asyncio.run(run())
+
+
+def test_truncation_stops_what_is_spoken(served: Served) -> None:
+    async def run() -> None:
+        async with connected(served) as connection:
+            await ask(connection, "A long text. " * 30)
+            await connection.response.create()
+            delta = (await until(connection, "response.output_audio.delta"))[-1]
+            await connection.conversation.item.truncate(item_id=delta.item_id, content_index=0, audio_end_ms=80)
+            events = await until(connection, "conversation.item.truncated")
+            assert events[-2].type == "response.done"
+            assert events[-2].response.status == "cancelled"
+            await asyncio.to_thread(served.wait_until_free)
+
+    asyncio.run(run())
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "audio in": ({"type": "input_audio_buffer.append", "audio": ""}, "event_ignored"),
     "unknown": ({"type": "input_audio_buffer.fill"}, "unknown_event"),
     "nothing to say": ({"type": "response.create"}, "nothing_to_say"),
+    "truncation of nothing": (
+        {"type": "conversation.item.truncate", "item_id": "item_1", "content_index": 0, "audio_end_ms": 80},
+        "item_not_truncatable",
+    ),
+    "truncation without a time": ({"type": "conversation.item.truncate", "item_id": "item_1"}, "invalid_message"),
+    "truncation before the start": (
+        {"type": "conversation.item.truncate", "item_id": "item_1", "audio_end_ms": -1},
+        "invalid_message",
+    ),
     "no item": ({"type": "conversation.item.create"}, "item_missing"),
     "item of audio": (
         {"type": "conversation.item.create", "item": {"content": [{"type": "input_audio", "audio": ""}]}},

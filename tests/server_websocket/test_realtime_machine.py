@@ -79,7 +79,7 @@ class Realtime(RuleBasedStateMachine):
         self.due: list[str] = []  # its events that must come still; deltas may come before the END
         self.audio = b""
         self.is_cancelled = False
-        self.id = ""
+        self.id = self.item_id = ""
         self.told: set[str] = set()  # types of ignored events
 
     # --- what is sent -------------------------------------------------------------------------------------------------
@@ -114,6 +114,13 @@ class Realtime(RuleBasedStateMachine):
     @rule(reads=st.booleans())
     def cancel(self, reads: bool) -> None:
         self.send(reads, {"type": "response.cancel", "event_id": "mine"})
+
+    @rule(heard=st.sampled_from([0, 40, 80, 81, 400, 10**6]), is_its_own=st.integers(0, 9), reads=st.booleans())
+    def truncate(self, heard: int, is_its_own: int, reads: bool) -> None:
+        """Tell how much was heard of the last response, which may still be spoken; seldom of another."""
+        self.read()
+        given = {"item_id": self.item_id if is_its_own else "another", "content_index": 0, "audio_end_ms": heard}
+        self.send(reads, {"type": "conversation.item.truncate", "event_id": "mine", **given})
 
     @rule(text=TEXTS, milliseconds=st.sampled_from([0, 0, 1, 20, 60]))
     def interrupt(self, text: str, milliseconds: int) -> None:
@@ -208,7 +215,30 @@ class Realtime(RuleBasedStateMachine):
                 else:
                     assert code == "response_cancel_not_active"
                     assert not is_active or may_be_over, (self.due, events)
+            case "conversation.item.truncate":
+                if message["item_id"] == "another" or not self.item_id:
+                    assert code == "item_not_truncatable"
+                else:
+                    self._truncated(message, code, is_active=is_active, may_be_over=may_be_over, events=events)
+                    return
         self.hear(events)
+
+    def _truncated(self, message: Event, code: str | None, *, is_active: bool, may_be_over: bool, events: Any) -> None:
+        """Of the last response no more stays than was heard; it is not spoken any more."""
+        assert code is None
+        assert may_be_over or not is_active
+        self.is_cancelled = True
+        told = events.pop()
+        assert told["type"] == "conversation.item.truncated"
+        assert {name: told[name] for name in ("item_id", "content_index", "audio_end_ms")} == {
+            name: message[name] for name in ("item_id", "content_index", "audio_end_ms")
+        }
+        self.hear(events)
+        heard, pasts = -(-message["audio_end_ms"] // 80), []
+        for *before, last in self.pasts:
+            spoken = self.sent_frames if last.frames is None else last.frames
+            pasts.append((*before, last if heard >= spoken else Said(last.text, heard)))
+        self.pasts = tuple(dict.fromkeys(pasts))
 
     def hear(self, events: list[Event]) -> None:
         for event in events:
@@ -248,6 +278,8 @@ class Realtime(RuleBasedStateMachine):
             assert kind == self.due.pop(0), (event, self.due)
         if kind == "response.created":
             self.id = event["response"]["id"]
+        elif kind == "response.output_item.added":
+            self.item_id = event["item"]["id"]
         elif "response_id" in event:
             assert event["response_id"] == self.id
         if kind != "response.done":
@@ -258,17 +290,18 @@ class Realtime(RuleBasedStateMachine):
         assert response["output"][0]["content"][0]["transcript"] == text
         self.counts[response["status"]] += 1
         assert response["status"] == "completed" or self.is_cancelled
-        sent = response["usage"]["output_tokens"]
+        self.sent_frames = sent = response["usage"]["output_tokens"]
         assert sent == len(self.audio) / (2 * 1920)
         pasts: list[tuple[Said, ...]] = []
         for past in self.pasts:
-            chunks, _ = self.oracle.turn(Manner(self.voice, SEED), past, text)
+            heard = tuple(said for said in past if said.frames != 0)
+            chunks, _ = self.oracle.turn(Manner(self.voice, SEED), heard, text)
             if encoded("pcm", chunks[:sent], is_whole=True) != self.audio:
                 continue
             if response["status"] == "completed":
                 pasts += [(*past, Said(text))] if sent == len(chunks) else []
             else:  # one frame may have been on its way to a buffer that was full
-                pasts += [(*past, Said(text, handed)) if handed else past for handed in (sent, sent + 1)]
+                pasts += [(*past, Said(text, handed)) for handed in (sent, sent + 1)]
         assert pasts, ("not what the engine says", text, response)
         self.pasts = tuple(dict.fromkeys(pasts))
 
