@@ -7,13 +7,18 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from aloud import __version__
 from aloud.errors import AloudError, AudioUnreadable, AudioUnwritable, MissingDependency, RequestError
-from aloud.request import Request, Segment
+from aloud.request import MAX_SECONDS, Guards, Request, Segment
+
+if TYPE_CHECKING:
+    from aloud.audio import Audio
+    from aloud.live_speech import LiveSpeech
+    from aloud.speech import SpeechStream
 
 MODEL = "sesame/csm-1b"
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130  # argparse itself exits with 2 on wrong usage
@@ -170,9 +175,11 @@ def _parser() -> argparse.ArgumentParser:
 def _speak(parsed: argparse.Namespace) -> int:
     # Heavy modules are imported by the commands that need them: help and usage errors answer at once.
     from aloud.api import Runtime
-    from aloud.audio import Audio, check_writable
-    from aloud.audio_file import to_int16
+    from aloud.audio import check_writable
+    from aloud.engine.guards import text_limit_frames
+    from aloud.live import Engine
     from aloud.prepare import check_request
+    from aloud.speech import Progress
 
     # Whatever can be wrong is found before the model is loaded, which takes much longer.
     raw = parsed.output == "-"
@@ -204,29 +211,50 @@ def _speak(parsed: argparse.Namespace) -> int:
         local_files_only=parsed.local_files_only,
         device=parsed.device,
         dtype=parsed.dtype,
+        max_streams=1,
     )
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    say = runtime.stream if raw else runtime.speak
-    spoken = say(**vars(request), progress=on_terminal)
-    if isinstance(spoken, Audio):
-        spoken.save(parsed.output)
-        seconds = spoken.duration
+    spoken: Audio | SpeechStream | LiveSpeech
+    limit_frames = text_limit_frames(Guards(), request.text, runtime.frame_rate) or 0
+    if request.max_seconds is None and limit_frames > MAX_SECONDS * runtime.frame_rate:
+        # It might not fit into what is said in one go.
+        with Engine(runtime) as engine, Progress(shown=on_terminal) as bar:
+            spoken = engine.stream(**vars(request), pace="full")
+            chunks = bar.over(spoken)
+            seconds = _write_raw(chunks) if raw else _save(engine.joined(list(chunks), spoken), parsed.output)
+    elif raw:
+        with runtime.stream(**vars(request), progress=on_terminal) as spoken:
+            seconds = _write_raw(spoken)
     else:
-        seconds = 0.0
-        with spoken:
-            for chunk in spoken:
-                sys.stdout.buffer.write(to_int16(chunk.samples).astype("<i2").tobytes())
-                sys.stdout.buffer.flush()
-                seconds += chunk.duration
+        spoken = runtime.speak(**vars(request), progress=on_terminal)
+        seconds = _save(spoken, parsed.output)
     if spoken.finish_reason == "length" and parsed.max_seconds is None and sys.stderr is not None:
         print(
-            f"aloud: the speech was cut off after {seconds:.1f} s: no more fits in 90 s and the model's context. "
-            "Say the text in parts; aloud serve and Engine do so by themselves.",
+            f"aloud: the speech was cut off after {seconds:.1f} s: no more fits in {MAX_SECONDS:g} s and the model's "
+            "context. Say less in one sentence, or behind less context.",
             file=sys.stderr,
         )
     if on_terminal:
         print(f"{parsed.output}: ended by {spoken.finish_reason}, --seed {spoken.seed}", file=sys.stderr)
     return 0
+
+
+def _save(audio: Audio, path: str) -> float:
+    """Write a file -> its seconds."""
+    audio.save(path)
+    return audio.duration
+
+
+def _write_raw(chunks: Iterable[Audio]) -> float:
+    """Write 16-bit samples to standard output as they come -> their seconds."""
+    from aloud.audio_file import to_int16
+
+    seconds = 0.0
+    for chunk in chunks:
+        sys.stdout.buffer.write(to_int16(chunk.samples).astype("<i2").tobytes())
+        sys.stdout.buffer.flush()
+        seconds += chunk.duration
+    return seconds
 
 
 def _read_text(stream: TextIO | None) -> str:

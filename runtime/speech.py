@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -38,7 +38,7 @@ class SpeechStream(Iterator[Audio]):
         self._attempt = 1
         self._has_spoken = False
         self._is_closed = False
-        self._bar = _Progress(disable=not progress, file=sys.stderr, bar_format=_Progress.FORMAT)
+        self._bar = Progress(shown=progress)
 
     @property
     def seed(self) -> int:
@@ -102,7 +102,7 @@ def _reason_with_last_frame(stream: Stream) -> str | None:
 
 def speak(loop: Loop, codec: MimiConfig, jobs: Sequence[Job], *, progress: bool) -> list[Audio]:
     """Run jobs together to their ends; raises `NothingSpoken` when one says nothing twice."""
-    with _Progress(disable=not progress, file=sys.stderr, bar_format=_Progress.FORMAT) as bar:
+    with Progress(shown=progress) as bar:
         spoken = _speak_once(loop, codec, jobs, bar)
         for index, job in enumerate(jobs):
             for attempt in (1, 2):
@@ -127,10 +127,19 @@ def next_attempt(job: Job, attempt: int) -> Job:
     return replace(job, seed=(job.seed + 1) % 2**64)
 
 
-class _Progress(tqdm):
-    """A bar without an end, in seconds of audio."""
+class Progress(tqdm):
+    """A bar without an end on stderr, in seconds of audio."""
 
     FORMAT = "{n:.1f} s of audio in {elapsed}, {speed:.2f} x real time"
+
+    def __init__(self, *, shown: bool) -> None:
+        super().__init__(disable=not shown, file=sys.stderr, bar_format=self.FORMAT)
+
+    def over(self, chunks: Iterable[Audio]) -> Iterator[Audio]:
+        """The chunks, each counted as it comes."""
+        for chunk in chunks:
+            self.update(chunk.duration)
+            yield chunk
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -139,7 +148,7 @@ class _Progress(tqdm):
         return values | {"speed": values["n"] / values["elapsed"] if values["elapsed"] else 0.0}
 
 
-def _speak_once(loop: Loop, codec: MimiConfig, jobs: Sequence[Job], bar: _Progress) -> list[Audio]:
+def _speak_once(loop: Loop, codec: MimiConfig, jobs: Sequence[Job], bar: Progress) -> list[Audio]:
     received: list[list[Spoken]] = [[] for _ in jobs]
     streams = [loop.submit(job) for job in jobs]
     try:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 import aloud
-from aloud import Runtime
+from aloud import Engine, Guards, Runtime, live
 from aloud.cli import _parser, main
 from aloud.engine.slots import MOST_STREAMS
 from oracle import csm as oracle
@@ -115,16 +115,38 @@ def test_text_comes_from_standard_input(
 
 
 @pytest.mark.parametrize("output", ["file", "pipe"])
+def test_a_text_of_any_length_is_said_to_its_end(
+    output: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an engine says it, a sentence behind the other, where 90 s might not be enough for the whole."""
+    text = "Nobody has ever said anything as long as this and nothing else. " * 7
+    assert 4 + 0.2 * len(text) > 90
+    short = Guards(text_seconds=0.24, text_seconds_per_byte=0.0)  # a random model goes on for as long as it may
+    monkeypatch.setattr(live, "resolve_guards", lambda _: short)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
+    path = "-" if output == "pipe" else str(tmp_path / "out.wav")
+    assert main(["speak", text, "-o", path, "--model", model, "--seed", "3"]) == 0
+    sys.stdout.flush()
+    assert capsys.readouterr().err == ""
+    with Engine(Runtime.load(model, max_streams=1)) as engine:
+        expected = engine.speak_sync(text, seed=3).samples.clip(-1, 1 - 1 / 32768)
+    data = written.getvalue() if output == "pipe" else soundfile.read(path, dtype="int16")[0].tobytes()
+    assert len(expected) == 7 * 3 * 1920
+    np.testing.assert_allclose(np.frombuffer(data, "<i2") / 32768, expected, atol=0.51 / 32768)
+
+
+@pytest.mark.parametrize("output", ["file", "pipe"])
 def test_speech_that_was_cut_off_says_so(
     output: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where nobody sits before a terminal: half of a text would pass for the whole."""
     room = Runtime.load(model).max_positions
-    type_in(monkeypatch, b"Well " * (room // 5 - 4))  # a position for each byte
+    context = f":{'Well ' * (room // 5 - 6)}:0"  # a position for each byte
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
     path = "-" if output == "pipe" else str(tmp_path / "out.wav")
-    assert main(["speak", "-", "-o", path, "--model", model, "--seed", "3"]) == 0
+    assert main(["speak", "Yes.", "-o", path, "--model", model, "--seed", "3", "--context", context]) == 0
     sys.stdout.flush()
     frames = len(written.getvalue()) // 3840 if output == "pipe" else soundfile.info(path).frames // 1920
     said = capsys.readouterr().err
