@@ -11,6 +11,8 @@ tensor cores; how many parts: product.py. Counting finished programs would save 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from aloud.kernels.launch import ANY_ALIGNMENT, PROGRAMMATIC_LAUNCH_CAPABILITY, Launch, ceil_div, next_power_of_2
@@ -98,11 +100,12 @@ def plan_long_product(
     """Plan x [rows, inputs], weight [outputs, inputs], residual [rows, outputs] -> y [rows, outputs]."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
+    blocks_of_k = ceil_div(inputs, blocks.inputs)
+    part_blocks = ceil_div(blocks_of_k, blocks.parts)
+    blocks = replace(blocks, parts=ceil_div(blocks_of_k, part_blocks))  # none in which nothing is left
+    arguments = {"part_inputs": part_blocks * blocks.inputs}
     parts = torch.empty(blocks.parts, rows, outputs, device=x.device, dtype=torch.float32)
-    part_inputs = ceil_div(ceil_div(inputs, blocks.inputs), blocks.parts) * blocks.inputs
-    product = plan_product(
-        part_product_kernel, {"part_inputs": part_inputs}, x, weight, parts, capability=capability, blocks=blocks
-    )
+    product = plan_product(part_product_kernel, arguments, x, weight, parts, capability=capability, blocks=blocks)
     y = torch.empty(rows, outputs, device=x.device, dtype=x.dtype)
     block_outputs = min(SUMMED_OUTPUTS, next_power_of_2(outputs))
     programmatic = capability >= PROGRAMMATIC_LAUNCH_CAPABILITY

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -176,7 +177,6 @@ def _speak(parsed: argparse.Namespace) -> int:
     # Heavy modules are imported by the commands that need them: help and usage errors answer at once.
     from aloud.api import Runtime
     from aloud.audio import check_writable
-    from aloud.engine.guards import text_limit_frames
     from aloud.live import Engine
     from aloud.prepare import check_request
     from aloud.speech import Progress
@@ -215,11 +215,9 @@ def _speak(parsed: argparse.Namespace) -> int:
     )
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
     spoken: Audio | SpeechStream | LiveSpeech
-    limit_frames = text_limit_frames(Guards(), request.text, runtime.frame_rate) or 0
-    if request.max_seconds is None and limit_frames > MAX_SECONDS * runtime.frame_rate:
-        # It might not fit into what is said in one go.
+    if _is_said_in_parts(request, runtime.frame_rate):
         with Engine(runtime) as engine, Progress(shown=on_terminal) as bar:
-            spoken = engine.stream(**vars(request), pace="full")
+            spoken = engine.stream(**vars(replace(request, guards=Guards())), pace="full")
             chunks = bar.over(spoken)
             seconds = _write_raw(chunks) if raw else _save(engine.joined(list(chunks), spoken), parsed.output)
     elif raw:
@@ -228,7 +226,8 @@ def _speak(parsed: argparse.Namespace) -> int:
     else:
         spoken = runtime.speak(**vars(request), progress=on_terminal)
         seconds = _save(spoken, parsed.output)
-    if spoken.finish_reason == "length" and parsed.max_seconds is None and sys.stderr is not None:
+    is_cut_off = parsed.max_seconds is None or seconds < parsed.max_seconds - 1 / runtime.frame_rate
+    if spoken.finish_reason == "length" and is_cut_off and sys.stderr is not None:
         print(
             f"aloud: the speech was cut off after {seconds:.1f} s: no more fits in {MAX_SECONDS:g} s and the model's "
             "context. Say less in one sentence, or behind less context.",
@@ -237,6 +236,17 @@ def _speak(parsed: argparse.Namespace) -> int:
     if on_terminal:
         print(f"{parsed.output}: ended by {spoken.finish_reason}, --seed {spoken.seed}", file=sys.stderr)
     return 0
+
+
+def _is_said_in_parts(request: Request, frame_rate_hz: float) -> bool:
+    """Whether what is said might be more than fits into one go, so that it is cut at its sentences."""
+    from aloud.engine.guards import text_limit_frames
+    from aloud.text.split import split
+
+    if request.max_seconds is not None and request.max_seconds <= MAX_SECONDS:
+        return False
+    limit_frames = text_limit_frames(Guards(), request.text, frame_rate_hz) or 0
+    return limit_frames > MAX_SECONDS * frame_rate_hz or bool(request.context and len(split(request.text)) > 1)
 
 
 def _save(audio: Audio, path: str) -> float:

@@ -87,7 +87,7 @@ class Utterance:
         self._text_is_over = False
         self._began = 0  # pieces
         self._frames = 0  # of all pieces
-        self._last_reason: str | None = None
+        self._last_reason: str | None = None  # of the last piece; "length" once one was cut off, for it is missing
         self._plays_from: float | None = None  # frame n is played n frames later; None: nothing plays
         # Of the piece that is being spoken:
         self._stream: Stream | None = None
@@ -226,7 +226,8 @@ class Utterance:
             self._submit(self._piece, (stream.job.seed + 1) % 2**64)
             return
         self._remember(stream.prefix)
-        self._last_reason = reason
+        if self._last_reason != "length":
+            self._last_reason = reason
         if self._manner.max_frames is not None and self._frames >= self._manner.max_frames:
             self._be_over("length")
         elif not self._pieces and self._text_is_over:

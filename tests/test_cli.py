@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import save_file
 
 import aloud
-from aloud import Engine, Guards, Runtime, live
+from aloud import Engine, Guards, Runtime, Segment, live
 from aloud.cli import _parser, main
 from aloud.engine.slots import MOST_STREAMS
+from aloud.text.split import split
 from oracle import csm as oracle
 
 NOWHERE = "nobody/no-such-model"
@@ -114,39 +115,62 @@ def test_text_comes_from_standard_input(
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
+TWO = "Here is one sentence, which is short. Here is another one."
+LONG = "Nobody has ever said anything as long as this and nothing else. " * 7
+
+
 @pytest.mark.parametrize("output", ["file", "pipe"])
+@pytest.mark.parametrize(
+    ("text", "options", "context"),
+    [(LONG, [], []), (LONG, ["--max-seconds", "600"], []), (TWO, ["--context", ":Well:0"], [Segment("Well")])],
+    ids=["long", "with its longest", "behind a context"],
+)
 def test_a_text_of_any_length_is_said_to_its_end(
-    output: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    output: str,
+    text: str,
+    options: list[str],
+    context: list[Segment],
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As an engine says it, a sentence behind the other, where 90 s might not be enough for the whole."""
-    text = "Nobody has ever said anything as long as this and nothing else. " * 7
-    assert 4 + 0.2 * len(text) > 90
+    """As an engine says it, a sentence behind the other, where one go might not be enough for the whole."""
     short = Guards(text_seconds=0.24, text_seconds_per_byte=0.0)  # a random model goes on for as long as it may
-    monkeypatch.setattr(live, "resolve_guards", lambda _: short)
+    asked: list[Guards | None] = []
+    monkeypatch.setattr(live, "resolve_guards", lambda request: asked.append(request.guards) or short)
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
     path = "-" if output == "pipe" else str(tmp_path / "out.wav")
-    assert main(["speak", text, "-o", path, "--model", model, "--seed", "3"]) == 0
+    assert main(["speak", text, "-o", path, "--model", model, "--seed", "3", *options]) == 0
     sys.stdout.flush()
     assert capsys.readouterr().err == ""
+    assert asked == [Guards()]
     with Engine(Runtime.load(model, max_streams=1)) as engine:
-        expected = engine.speak_sync(text, seed=3).samples.clip(-1, 1 - 1 / 32768)
+        expected = engine.speak_sync(text, context=context, seed=3).samples.clip(-1, 1 - 1 / 32768)
     data = written.getvalue() if output == "pipe" else soundfile.read(path, dtype="int16")[0].tobytes()
-    assert len(expected) == 7 * 3 * 1920
+    assert len(expected) == len(split(text)) * 3 * 1920
     np.testing.assert_allclose(np.frombuffer(data, "<i2") / 32768, expected, atol=0.51 / 32768)
 
 
 @pytest.mark.parametrize("output", ["file", "pipe"])
+@pytest.mark.parametrize(("text", "left"), [("Yes.", 30), ("Here is one sentence which is cut off.\n\nYes.", 110)])
 def test_speech_that_was_cut_off_says_so(
-    output: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    output: str,
+    text: str,
+    left: int,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where nobody sits before a terminal: half of a text would pass for the whole."""
     room = Runtime.load(model).max_positions
-    context = f":{'Well ' * (room // 5 - 6)}:0"  # a position for each byte
+    context = f":{'Well ' * ((room - left) // 5)}:0"  # a position for each byte
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
     path = "-" if output == "pipe" else str(tmp_path / "out.wav")
-    assert main(["speak", "Yes.", "-o", path, "--model", model, "--seed", "3", "--context", context]) == 0
+    assert main(["speak", text, "-o", path, "--model", model, "--seed", "3", "--context", context]) == 0
     sys.stdout.flush()
     frames = len(written.getvalue()) // 3840 if output == "pipe" else soundfile.info(path).frames // 1920
     said = capsys.readouterr().err

@@ -45,7 +45,7 @@ class Metrics:
         )
         self.first_audio = Histogram(
             "aloud_time_to_first_audio_seconds",
-            "From the request to its first audio, in real time.",
+            "From the request to its first audio, of what is paced.",
             buckets=FIRST_AUDIO_BUCKETS,
             registry=self._registry,
         )
@@ -58,8 +58,11 @@ class Metrics:
         self.audio_seconds = Counter("aloud_audio_seconds", "Audio that was made.", registry=self._registry)
         self.underrun_seconds = Counter(
             "aloud_audio_underrun_seconds",
-            "How long players that began with the first audio had none left.",
+            "How long players that began with the first audio had none left, of what is paced.",
             registry=self._registry,
+        )
+        self.played_seconds = Counter(
+            "aloud_audio_played_seconds", "Audio that was made at the pace of playing.", registry=self._registry
         )
         self.speaking = 0  # requests whose answer is not over, a number for the event loop's thread to change
         speaking = Gauge("aloud_requests_speaking", "Requests whose answer is not over.", registry=self._registry)
@@ -76,6 +79,7 @@ class Metrics:
         if progress.is_played:
             self.first_audio.observe(waited)
             self.underrun_seconds.inc(progress.underrun_seconds)
+            self.played_seconds.inc(progress.audio_seconds)
         return {"first_audio_ms": round(1000 * waited, 1), "audio_s": round(progress.audio_seconds, 2)}
 
     def text(self) -> bytes:

@@ -10,10 +10,10 @@ conversation. Audio is 16-bit little-endian mono at the model's rate, which is 2
 | `conversation.item.create` | a message with text, to be spoken |
 | `response.create` | speak: `response.created`, `response.output_audio.delta` for each 80 ms, `response.done` |
 | `response.cancel` | stop at once; the `response.done` that follows says `cancelled` |
-| `conversation.item.truncate` | of the last response, no more than `audio_end_ms` was heard: see below |
+| `conversation.item.truncate` | of one of the last 16 responses, no more than `audio_end_ms` was heard: see below |
 
-A response that is truncated while it is spoken stops, as with `response.cancel`. What was not heard is no context for
-what follows, but for the text of a sentence that was heard in part.
+What was not heard is no context for what follows, but for the text of a sentence that was heard in part. Of a response
+behind one that was cut nothing was heard, and what is being spoken then stops, as with `response.cancel`.
 
 Of what else Realtime has, `input_audio_buffer.*`, `output_audio_buffer.clear` and `conversation.item.delete` and
 `.retrieve` are answered by one `error` at the first of each type, and ignored from then on: a client may send its
@@ -30,6 +30,7 @@ import asyncio
 import base64
 import secrets
 import time
+from collections import deque
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
@@ -55,6 +56,9 @@ from aloud.server.realtime_events import (
 from aloud.server.settings import Settings
 from aloud.server.voices import Registry
 from aloud.session import Session
+
+PLAYED_RESPONSES = 16
+"""Of a socket, the newest: audio is sent ahead of being played."""
 
 
 def realtime_routes(
@@ -108,7 +112,7 @@ class RealtimeSocket:
         self._asked_by: str | None = None  # the event that is being answered
         self._ignored: set[str] = set()  # types of unserved events of which the client has been told
         self._response: Response | None = None
-        self._last_response: Response | None = None  # that one, or what may still be played
+        self._spoken: deque[Response] = deque(maxlen=PLAYED_RESPONSES)  # that one, and what may still be played
 
     async def run(self) -> None:
         """Until the socket ends; nothing is left of it then."""
@@ -208,16 +212,23 @@ class RealtimeSocket:
         text = " ".join(texts)
         lead = self._settings.limits.lead_seconds
         speech = self._session.stream(text, lead_seconds=lead, is_taken=True)
-        self._response = self._last_response = Response(self, speech, text)
+        self._response = Response(self, speech, text)
+        self._spoken.append(self._response)
 
     async def _truncate(self, truncation: Truncation) -> None:
-        response = self._last_response
-        if response is None or truncation.item_id != response.item_id:
-            message = "Only the last thing that was said can be cut to what was heard of it."
+        responses = list(self._spoken)
+        while responses and responses[0].item_id != truncation.item_id:
+            del responses[0]
+        if not responses:
+            message = f"Only the last {PLAYED_RESPONSES} things that were said can be cut to what was heard of them."
             raise Problem(400, message, "item_not_truncatable", "item_id")
-        if response is self._response:
-            await response.stop()
-        response.keep_heard(truncation.audio_end_ms / 1000)
+        cut, *later = responses
+        if cut is self._response or cut.lasts_longer_than(truncation.audio_end_ms):
+            if self._response is not None:
+                await self._response.stop()
+            cut.keep_heard(truncation.audio_end_ms / 1000)
+            for response in later:
+                response.keep_heard(0.0)
         await self._send("conversation.item.truncated", **truncation.model_dump())
 
     def _check_length(self, texts: list[str]) -> None:
@@ -246,6 +257,11 @@ class RealtimeSocket:
     def tokens(self, text: str) -> int:
         """How many a text has."""
         return len(self._engine.runtime.tokenizer.encode(text))
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second, in Hz."""
+        return self._engine.runtime.frame_rate
 
     def begun(self) -> None:
         """The response is being spoken; `count` ends that."""
@@ -309,6 +325,10 @@ class Response:
     def keep_heard(self, seconds: float) -> None:
         """Forget what was not heard; it is no longer being spoken."""
         self._speech.interrupt(seconds)
+
+    def lasts_longer_than(self, milliseconds: int) -> bool:
+        """Whether more was sent of it."""
+        return self._frames * 1000 > milliseconds * self._socket.frame_rate
 
     async def spoken(self) -> None:
         """Return when all of it was said."""

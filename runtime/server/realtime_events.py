@@ -102,7 +102,7 @@ class Truncation(BaseModel):
 
     item_id: str
     content_index: Literal[0] = 0
-    audio_end_ms: int = Field(ge=0)
+    audio_end_ms: int = Field(ge=0, le=86_400_000, strict=True)
 
 
 class EventHead(BaseModel):

@@ -23,6 +23,7 @@ from server_websocket.socket_oracle import Manner, Oracle, Said, encoded
 from server_websocket.test_socket_machine import entered, faults, frames, tasks_of
 
 from aloud.server.connection import SocketLimits
+from aloud.server.realtime import PLAYED_RESPONSES
 from live.quick import until
 
 SEED = 11
@@ -79,7 +80,9 @@ class Realtime(RuleBasedStateMachine):
         self.due: list[str] = []  # its events that must come still; deltas may come before the END
         self.audio = b""
         self.is_cancelled = False
-        self.id = self.item_id = ""
+        self.id = ""
+        self.item_ids: list[str] = []  # of all responses
+        self.sent_frames: list[int] = []  # of those that are over
         self.told: set[str] = set()  # types of ignored events
 
     # --- what is sent -------------------------------------------------------------------------------------------------
@@ -115,11 +118,16 @@ class Realtime(RuleBasedStateMachine):
     def cancel(self, reads: bool) -> None:
         self.send(reads, {"type": "response.cancel", "event_id": "mine"})
 
-    @rule(heard=st.sampled_from([0, 40, 80, 81, 400, 10**6]), is_its_own=st.integers(0, 9), reads=st.booleans())
-    def truncate(self, heard: int, is_its_own: int, reads: bool) -> None:
-        """Tell how much was heard of the last response, which may still be spoken; seldom of another."""
+    @rule(
+        heard=st.sampled_from([0, 40, 80, 81, 400, 10**6]),
+        back=st.sampled_from([1, 1, 1, 2, 3, 100]),
+        reads=st.booleans(),
+    )
+    def truncate(self, heard: int, back: int, reads: bool) -> None:
+        """Tell how much was heard of the last response, which may still be spoken, or of one before it."""
         self.read()
-        given = {"item_id": self.item_id if is_its_own else "another", "content_index": 0, "audio_end_ms": heard}
+        item_id = self.item_ids[-back] if back <= len(self.item_ids) else "another"
+        given = {"item_id": item_id, "content_index": 0, "audio_end_ms": heard}
         self.send(reads, {"type": "conversation.item.truncate", "event_id": "mine", **given})
 
     @rule(text=TEXTS, milliseconds=st.sampled_from([0, 0, 1, 20, 60]))
@@ -216,28 +224,36 @@ class Realtime(RuleBasedStateMachine):
                     assert code == "response_cancel_not_active"
                     assert not is_active or may_be_over, (self.due, events)
             case "conversation.item.truncate":
-                if message["item_id"] == "another" or not self.item_id:
-                    assert code == "item_not_truncatable"
-                else:
-                    self._truncated(message, code, is_active=is_active, may_be_over=may_be_over, events=events)
-                    return
+                self._truncated(message, code, is_active=is_active, events=events)
+                return
         self.hear(events)
 
-    def _truncated(self, message: Event, code: str | None, *, is_active: bool, may_be_over: bool, events: Any) -> None:
-        """Of the last response no more stays than was heard; it is not spoken any more."""
+    def _truncated(self, message: Event, code: str | None, *, is_active: bool, events: list[Event]) -> None:
+        """No more of a response stays than was heard, and nothing of those behind it, of which one may be spoken."""
+        if message["item_id"] not in self.item_ids[-PLAYED_RESPONSES:]:
+            assert code == "item_not_truncatable"
+            self.hear(events)
+            return
         assert code is None
-        assert may_be_over or not is_active
-        self.is_cancelled = True
-        told = events.pop()
-        assert told["type"] == "conversation.item.truncated"
-        assert {name: told[name] for name in ("item_id", "content_index", "audio_end_ms")} == {
-            name: message[name] for name in ("item_id", "content_index", "audio_end_ms")
-        }
+        place, told = self.item_ids.index(message["item_id"]), ("item_id", "content_index", "audio_end_ms")
+        is_spoken = is_active and message["item_id"] == self.item_ids[-1]
+        is_cut = is_spoken or message["audio_end_ms"] < 80 * self.sent_frames[place]
+        kinds = [event["type"] for event in events]
+        at = kinds.index("conversation.item.truncated")
+        assert {name: events[at][name] for name in told} == {name: message[name] for name in told}
+        if is_active and is_cut:
+            assert "response.done" in kinds[:at]
+            self.is_cancelled = True
+        del events[at]
         self.hear(events)
+        if not is_cut:
+            return
         heard, pasts = -(-message["audio_end_ms"] // 80), []
-        for *before, last in self.pasts:
-            spoken = self.sent_frames if last.frames is None else last.frames
-            pasts.append((*before, last if heard >= spoken else Said(last.text, heard)))
+        for past in self.pasts:
+            cut, sent = past[place], self.sent_frames[place]
+            if heard < (sent if cut.frames is None else cut.frames):
+                cut = Said(cut.text, heard)
+            pasts.append((*past[:place], cut, *(Said(said.text, 0) for said in past[place + 1 :])))
         self.pasts = tuple(dict.fromkeys(pasts))
 
     def hear(self, events: list[Event]) -> None:
@@ -279,7 +295,7 @@ class Realtime(RuleBasedStateMachine):
         if kind == "response.created":
             self.id = event["response"]["id"]
         elif kind == "response.output_item.added":
-            self.item_id = event["item"]["id"]
+            self.item_ids.append(event["item"]["id"])
         elif "response_id" in event:
             assert event["response_id"] == self.id
         if kind != "response.done":
@@ -290,7 +306,8 @@ class Realtime(RuleBasedStateMachine):
         assert response["output"][0]["content"][0]["transcript"] == text
         self.counts[response["status"]] += 1
         assert response["status"] == "completed" or self.is_cancelled
-        self.sent_frames = sent = response["usage"]["output_tokens"]
+        sent = response["usage"]["output_tokens"]
+        self.sent_frames.append(sent)
         assert sent == len(self.audio) / (2 * 1920)
         pasts: list[tuple[Said, ...]] = []
         for past in self.pasts:

@@ -35,8 +35,12 @@ def test_row_counts(rows, dtype, run, random, assert_as_close, version):
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(4100, 37), (5001, 24), (4097, 1), (4608, 300)])
 def test_odd_sizes(inputs, outputs, run, random, assert_as_close):
-    """Among them are parts that end in the middle of a block, and parts in which nothing is left."""
-    check(make_arguments(16, inputs, outputs, torch.bfloat16, random), run, assert_as_close)
+    """Among them are parts that end in the middle of a block, and fewer parts than there might be."""
+    arguments = make_arguments(16, inputs, outputs, torch.bfloat16, random)
+    _, total = plan_linear_residual(*arguments, capability=80)
+    assert choose_blocks(16, outputs, inputs, 2, plain=True).parts == 8
+    assert total.constants["PARTS"] == 5  # of two blocks of 512, the last of less
+    check(arguments, run, assert_as_close)
 
 
 def test_strided_rows(run, random, assert_as_close):
@@ -75,12 +79,12 @@ def test_parts_are_added_before_anything_is_rounded(run, random, monkeypatch):
 
 
 def test_each_launch_waits_for_the_one_before(random, run, version, interpreted, chain):
-    """Twice in a row, as layers follow each other, with the second's x what the first has made."""
+    """Twice in a row, as layers follow each other: the second's x lies in what the first has made."""
     if interpreted:
         pytest.skip("of compiled code")
-    x, weight, residual = make_arguments(16, LONG_INPUTS, LONG_INPUTS // 64, torch.bfloat16, random)
+    x, weight, residual = make_arguments(16, LONG_INPUTS, 320, torch.bfloat16, random)
     first = run(plan_linear_residual, x, weight, residual)
-    run(plan_linear_residual, first.repeat(1, 64), weight, first)
+    run(plan_linear_residual, first.as_strided((16, LONG_INPUTS), (64, 1)), weight, first)
     assert chain.written
     assert not chain.conflicts()
 
