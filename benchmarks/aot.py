@@ -12,23 +12,17 @@ wait: that is a slice of weights meant to be under way before it, part of which 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
-import linecache
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from itertools import groupby
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +33,7 @@ from triton.compiler import ASTSource
 from aloud.kernels.launch import Launch
 
 from .aot_cases import CASES
+from .machine_code import LOADS, Instruction, cuda_tool, read_instructions
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,6 +43,8 @@ SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448
 fails when it is launched."""
 WIDE = 16
 """Bytes that one thread loads at once when weights stream well."""
+TOGETHER = 16
+"""Kernels that one process compiles and disassembles at once; more would leave the other processes idle at the end."""
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -61,19 +58,6 @@ TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One memory or dependency instruction of the machine code."""
-
-    name: str  # LDG, LDGSTS, STG, LDL, STL, PREEXIT, ACQBULK, ...
-    bytes: int  # a thread; 0 where the instruction has no width
-    weight: bool  # it loads weights
-
-    def __str__(self) -> str:
-        """The name, its width in bits, and whether weights are loaded: `LDG.128(weight)`."""
-        return f"{self.name}{f'.{8 * self.bytes}' if self.bytes else ''}{'(weight)' if self.weight else ''}"
 
 
 @dataclass(frozen=True)
@@ -147,43 +131,42 @@ def specialize(launch: Launch) -> Specialization:
     )
 
 
-def compile_launch(launch: Launch, capability: int) -> Report:
-    """Compile one launch for a compute capability and read its machine code.
+def compile_launches(launches: Sequence[Launch], capability: int) -> list[Report | str]:
+    """Compile launches for one compute capability and read their machine code.
 
-    Raises whatever Triton raises when the kernel does not compile.
+    Returns:
+        For each a report, or in words why it does not compile.
     """
+    compiled = [_compile(launch, capability) for launch in launches]
+    read = iter(read_instructions([one.asm["cubin"] for one in compiled if not isinstance(one, str)], capability))
+    return [
+        one if isinstance(one, str) else _report(launch, capability, one, next(read))
+        for launch, one in zip(launches, compiled, strict=True)
+    ]
+
+
+def _compile(launch: Launch, capability: int) -> Any:
+    """What Triton makes of a launch, or in words why it does not compile."""
     if not isinstance(launch.kernel, triton.runtime.JITFunction):
-        raise RuntimeError("kernels were defined for Triton's interpreter; unset TRITON_INTERPRET to compile them")
+        return "kernels were defined for Triton's interpreter; unset TRITON_INTERPRET to compile them"
     with triton.knobs.compilation.scope():
         # Never from the cache: that does not notice when a device function has moved to other lines.
         triton.knobs.compilation.always_compile = True
-        compiled = specialize(launch).compile(capability)
-    cubin = compiled.asm["cubin"]
-    usage = _tool("cuobjdump", cubin, "--dump-resource-usage")
+        try:
+            return specialize(launch).compile(capability)
+        except Exception as error:  # any failure of the compiler is this suite's finding
+            return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def _report(launch: Launch, capability: int, compiled: Any, instructions: Sequence[Instruction]) -> Report:
+    usage = cuda_tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
     resources = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if resources is None:
         raise RuntimeError(f"cuobjdump does not say what {launch.kernel.__name__} uses: {usage!r}")
     registers, stack, local = map(int, resources.groups())
-    target = re.compile(r"^\.target .*$", re.MULTILINE)
-    instructions = disassemble(Binary(capability // 10, target.sub("", compiled.asm["ptx"]), cubin))
     reads_weights = any("weight" in name for name in launch.arguments)
     name, shared = launch.kernel.__name__, compiled.metadata.shared
     return make_report(name, capability, registers, stack + local, shared, instructions, reads_weights)
-
-
-@dataclass(frozen=True)
-class Binary:
-    """Machine code, known by what it was made of."""
-
-    family: int  # of architectures with one instruction set: 8, 9, 10, 12
-    ptx: str  # but for the line that names the architecture
-    cubin: bytes = field(compare=False)
-
-
-@lru_cache(maxsize=64)
-def disassemble(binary: Binary) -> tuple[Instruction, ...]:
-    """Read the memory and dependency instructions; once for sm_80, sm_86 and sm_89, when their PTX is the same."""
-    return read_listing(_tool("nvdisasm", binary.cubin, "--print-line-info", "--print-code", "--no-dataflow"))
 
 
 def make_report(
@@ -224,44 +207,6 @@ def make_report(
         order=" ".join(f"{len(list(run))}x{name}" for name, run in groupby(map(str, instructions))),
         faults=tuple(faults),
     )
-
-
-LOADS = ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")
-KEPT = (*LOADS, "STG", "RED", "REDG", "ATOM", "ATOMG", "LDL", "STL", "PREEXIT", "ACQBULK")
-
-
-def read_listing(listing: str) -> tuple[Instruction, ...]:
-    """The memory and dependency instructions of nvdisasm's listing with line information, in its order."""
-    instructions = []
-    line = ""
-    for text in listing.splitlines():
-        if marker := re.search(r'//## File "([^"]*)", line (\d+)', text):
-            line = linecache.getline(marker[1], int(marker[2]))
-        elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]*)", text):
-            name, *modifiers = code[1].split(".")
-            if name not in KEPT:
-                continue
-            weight = name in LOADS and "load(" in line and "weight" in line
-            instructions.append(Instruction(name, _bytes(name, modifiers), weight))
-    return tuple(instructions)
-
-
-def _bytes(name: str, modifiers: list[str]) -> int:
-    if name in ("PREEXIT", "ACQBULK"):
-        return 0
-    if name in ("UTMALDG", "UBLKCP"):
-        return WIDE
-    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-    return next((widths[modifier] for modifier in reversed(modifiers) if modifier in widths), 4)
-
-
-def _tool(name: str, cubin: bytes, *options: str) -> str:
-    """Output of one of the CUDA tools that come with Triton."""
-    path = Path(inspect.getfile(triton)).parent / "backends" / "nvidia" / "bin" / name
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([path, *options, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def _type(value: object) -> str:
@@ -321,14 +266,14 @@ def specializations(names: list[str], capabilities: list[int]) -> dict[tuple[Spe
     return found
 
 
-def work(job: Job) -> Outcome:
-    """Compile one job."""
-    launch = _launches(job.case, job.dtype, job.rows, job.capability)[job.launch]
-    name = launch.kernel.__name__
-    try:
-        return Outcome(job, name, compile_launch(launch, job.capability))
-    except Exception as error:  # any failure of the compiler is this suite's finding
-        return Outcome(job, name, None, f"{type(error).__name__}: {error}".strip().splitlines()[0])
+def work(jobs: Sequence[Job]) -> list[Outcome]:
+    """Compile jobs, all of one compute capability."""
+    launches = [_launches(job.case, job.dtype, job.rows, job.capability)[job.launch] for job in jobs]
+    names = [launch.kernel.__name__ for launch in launches]
+    return [
+        Outcome(job, name, None, made) if isinstance(made, str) else Outcome(job, name, made)
+        for job, name, made in zip(jobs, names, compile_launches(launches, jobs[0].capability), strict=True)
+    ]
 
 
 def _launches(name: str, dtype: torch.dtype, rows: int, capability: int) -> tuple[Launch, ...]:
@@ -354,11 +299,14 @@ def run(parsed: argparse.Namespace) -> int:
         return 1
     start = time.perf_counter()
     todo = list(specializations(parsed.cases, parsed.capabilities).values())
+    chunks = []
+    for capability in sorted({job.capability for job in todo}):
+        jobs = [job for job in todo if job.capability == capability]
+        chunks += [jobs[start : start + TOGETHER] for start in range(0, len(jobs), TOGETHER)]
     # New processes, not forks: torch has started threads in this one.
     with ProcessPoolExecutor(parsed.processes, mp_context=get_context("spawn")) as pool:
-        # In chunks, so that one process has a kernel's neighbours and disassembles once what they share.
-        outcomes = list(pool.map(work, todo, chunksize=24))
-    return report(outcomes, time.perf_counter() - start)
+        outcomes = {outcome.job: outcome for done in pool.map(work, chunks) for outcome in done}
+    return report([outcomes[job] for job in todo], time.perf_counter() - start)
 
 
 def report(outcomes: list[Outcome], seconds: float) -> int:

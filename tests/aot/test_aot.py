@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from aloud.benchmarks import aot
+from aloud.benchmarks.machine_code import Instruction
 
-FOLDER = Path(__file__).parent
 ONE_ROW = [
     ["qkv.backbone", "bfloat16", 1, 90],
     ["qkv.depth", "float32", 1, 90],
@@ -27,19 +22,8 @@ STREAMED = [["gate_up.depth", "bfloat16", 16, 90], ["down.depth", "bfloat16", 64
 OTHERS = [*STREAMED, ["down.depth", "bfloat16", 1, 80], ["norm.backbone", "float16", 2, 90]]
 
 
-def printed(script: str, *arguments: str) -> Any:
-    """What a script beside this file prints, in a process in which kernels are not defined for the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(FOLDER.parent), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, FOLDER / script, *arguments], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
-def reports() -> dict:
+def reports(printed) -> dict:
     """Reports of a few compilations."""
     return printed("compile_some.py", json.dumps(ONE_ROW + OTHERS))
 
@@ -82,14 +66,14 @@ def test_unaligned_weights_are_found(reports):
 
 
 @pytest.mark.parametrize(("dtype", "capability"), [("bfloat16", 90), ("float16", 120), ("float32", 80)])
-def test_everything_that_csm_1b_launches_is_compiled(dtype, capability):
+def test_everything_that_csm_1b_launches_is_compiled(printed, dtype, capability):
     """At its full size, with rows and slots on both sides of whatever its entries choose by."""
     launched, missing = printed("launch_all.py", dtype, str(capability))
     assert launched > 40
     assert missing == []
 
 
-def test_what_decides_the_machine_code_is_what_triton_says():
+def test_what_decides_the_machine_code_is_what_triton_says(printed):
     """Its own binder, asked what it would compile for the same arguments."""
     launches, differ = printed("ask_triton.py")
     assert launches > 400
@@ -103,43 +87,8 @@ def test_rows_with_one_machine_code_are_compiled_once(reports):
     ]
 
 
-LISTING = """
-	//## File "{source}", line 1
-        /*0070*/                   PREEXIT ;
-	//## File "{source}", line 2
-        /*0080*/                   LDG.E.128 R4, desc[UR6][R4.64] ;
-        /*0090*/              @!P0 LDG.E.EF.64.CONSTANT R4, [R4.64] ;
-        /*00a0*/                   LDGSTS.E.BYPASS.LTC128B.128 [R3], [R4.64] ;
-	//## File "{source}", line 3
-        /*00b0*/                   ACQBULK                      &wr=0x2          ?trans1;
-	//## File "{source}", line 4
-        /*00c0*/                   LDG.E R4, [R4.64] ;
-        /*00d0*/                   LDG.E.U16 R4, [R4.64] ;
-        /*00e0*/                   FADD R1, R2, R3 ;
-        /*00f0*/                   STG.E.64 [R2.64], R4 ;
-        /*0100*/                   STL [R1], R4 ;
-"""
-
-
-def test_reads_a_listing(tmp_path):
-    source = tmp_path / "kernel.py"
-    source.write_text("launch()\nw = tl.load(weight_ptr)\nwait()\nx = tl.load(x_ptr)\n")
-    instructions = aot.read_listing(LISTING.format(source=source))
-    assert list(map(str, instructions)) == [
-        "PREEXIT",
-        "LDG.128(weight)",
-        "LDG.64(weight)",
-        "LDGSTS.128(weight)",
-        "ACQBULK",
-        "LDG.32",
-        "LDG.16",
-        "STG.64",
-        "STL.32",
-    ]
-
-
-WIDE = aot.Instruction("LDG", 16, weight=True)
-WAIT = aot.Instruction("ACQBULK", 0, weight=False)
+WIDE = Instruction("LDG", 16, weight=True)
+WAIT = Instruction("ACQBULK", 0, weight=False)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +98,9 @@ WAIT = aot.Instruction("ACQBULK", 0, weight=False)
         pytest.param(0, [WAIT, WIDE], True, None, id="all after the wait"),
         pytest.param(0, [], False, None, id="no weights"),
         pytest.param(8, [WIDE], True, "spills: 8 bytes", id="stack"),
-        pytest.param(0, [WIDE, aot.Instruction("STL", 4, weight=False)], True, "spills", id="store to local memory"),
+        pytest.param(0, [WIDE, Instruction("STL", 4, weight=False)], True, "spills", id="store to local memory"),
         pytest.param(0, [], True, "no load of weights found", id="no load of weights"),
-        pytest.param(0, [WIDE, aot.Instruction("LDG", 8, weight=True)], True, "narrow loads of weights", id="narrow"),
+        pytest.param(0, [WIDE, Instruction("LDG", 8, weight=True)], True, "narrow loads of weights", id="narrow"),
         pytest.param(0, [WIDE, WAIT, WIDE], True, "1 of 2 loads of weights come after the wait", id="sunk"),
     ],
 )
