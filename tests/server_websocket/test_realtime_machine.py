@@ -81,6 +81,7 @@ class Realtime(RuleBasedStateMachine):
         self.audio = b""
         self.is_cancelled = False
         self.id = ""
+        self.item_id: str | None = None  # of the response that is being spoken, from when it is told
         self.item_ids: list[str] = []  # of all responses
         self.sent_frames: list[int] = []  # of those that are over
         self.told: set[str] = set()  # types of ignored events
@@ -236,7 +237,7 @@ class Realtime(RuleBasedStateMachine):
             return
         assert code is None
         place, told = self.item_ids.index(message["item_id"]), ("item_id", "content_index", "audio_end_ms")
-        is_spoken = is_active and message["item_id"] == self.item_ids[-1]
+        is_spoken = is_active and message["item_id"] == self.item_id
         is_cut = is_spoken or message["audio_end_ms"] < 80 * self.sent_frames[place]
         kinds = [event["type"] for event in events]
         at = kinds.index("conversation.item.truncated")
@@ -278,7 +279,7 @@ class Realtime(RuleBasedStateMachine):
         while self.text is not None:  # the response before it
             self.heard(events.pop(0))
         self.text, self.due, self.audio = " ".join(texts), [*BEGIN, *END], b""
-        self.has_spoken, self.is_cancelled = True, False
+        self.has_spoken, self.is_cancelled, self.item_id = True, False, None
 
     def heard(self, event: Event) -> None:
         """What comes of a response."""
@@ -295,7 +296,8 @@ class Realtime(RuleBasedStateMachine):
         if kind == "response.created":
             self.id = event["response"]["id"]
         elif kind == "response.output_item.added":
-            self.item_ids.append(event["item"]["id"])
+            self.item_id = event["item"]["id"]
+            self.item_ids.append(self.item_id)
         elif "response_id" in event:
             assert event["response_id"] == self.id
         if kind != "response.done":
