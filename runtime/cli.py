@@ -130,6 +130,13 @@ def _parser() -> argparse.ArgumentParser:
         help="a name for a kept voice or a speaker's number, as alloy=anna or nova=7 (again for more)",
     )
     serve.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="SITE",
+        help="another site whose pages may ask, as https://app.example (again for more)",
+    )
+    serve.add_argument(
         "--sessions", type=Path, metavar="DIR", help="where sessions are kept, also for other servers (default: memory)"
     )
     serve.add_argument(
@@ -308,8 +315,9 @@ def _alias(value: str) -> tuple[str, str | int]:
 
 def _serve(parsed: argparse.Namespace) -> int:
     # Whatever can be wrong is found before the model is loaded, which takes much longer.
-    from aloud.server.settings import read_keys
+    from aloud.server.settings import read_keys, read_origin
 
+    origins = tuple(map(read_origin, parsed.allow_origin))
     keys = () if parsed.api_key_file is None else read_keys(parsed.api_key_file)
     _check_folder(parsed.voices, "--voices")
     _check_folder(parsed.sessions, "--sessions")
@@ -347,6 +355,7 @@ def _serve(parsed: argparse.Namespace) -> int:
     settings = Settings(
         keys=keys,
         hosts=hosts,
+        origins=origins,
         voices=parsed.voices,
         sessions=parsed.sessions,
         aliases=default_aliases() | dict(parsed.alias),

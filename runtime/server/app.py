@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import compile_path
 
@@ -65,6 +66,15 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http)
     app.state.metrics = metrics
     app.add_middleware(Gate, settings=settings)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,  # around the gate: what a browser asks beforehand comes without a key
+            allow_origins=settings.origins,
+            allow_methods=("GET", "POST", "PUT", "DELETE"),
+            allow_headers=("*",),
+            allow_private_network=True,
+            expose_headers=("retry-after", "x-aloud-seed", "x-request-id", "x-should-retry"),
+        )
     app.include_router(_speech_routes(engine, settings, registry, sessions, metrics, encoders))
     app.include_router(_voice_routes(engine, settings, registry))
     app.include_router(_session_routes(engine, settings, sessions))

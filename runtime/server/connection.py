@@ -36,6 +36,14 @@ class SocketLimits:
     buffered_events: int = 8  # that wait to be sent; who makes more waits too
 
 
+async def accept(websocket: WebSocket, subprotocol: str) -> None:
+    """Let it in, by this subprotocol if it is among those that it comes with.
+
+    Browsers that ask for some take it amiss when none is chosen.
+    """
+    await websocket.accept(subprotocol if subprotocol in websocket.scope.get("subprotocols", []) else None)
+
+
 class Door:
     """Counts each key's sockets, and turns away what may not come in."""
 

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +28,8 @@ SAFE_METHODS = ("GET", "HEAD")
 """What a page of another site may ask for: nothing is changed by it, and browsers do not let the page read it."""
 HANDSHAKES = {"websocket.accept": 101, "websocket.close": 403}
 """The status that a WebSocket's handshake is answered with, by the first message that is sent on it."""
+KEY_PREFIX = "openai-insecure-api-key."
+"""Of a subprotocol that is a key: pages send no headers with a WebSocket, and OpenAI's clients there send this."""
 EVERYBODY = "everybody"
 """The owner of what is made on a server without keys."""
 
@@ -65,7 +67,7 @@ class Gate:
             if refusal is not None:
                 await self._refuse(scope, receive, send_with_id, refusal)
                 return
-            owner = self._owner(path, headers)
+            owner = self._owner(path, headers, scope.get("subprotocols", ()))
             if owner is None:
                 await self._refuse(scope, receive, send_with_id, _unauthorised())
                 return
@@ -96,16 +98,21 @@ class Gate:
             return Problem(403, message, "foreign_host")
         if scope["type"] == "http" and scope["method"] in SAFE_METHODS:
             return None
-        if all(_is_same(origin, host) for origin in headers.getlist("origin")):
+        origins = headers.getlist("origin")
+        if all(_is_same(origin, host) or origin in self._settings.origins for origin in origins):
             return None
-        message = "Pages of other sites may not ask. Behind a proxy, let it pass the Host header on."
+        message = (
+            "Pages of other sites may not ask, unless --allow-origin names theirs. "
+            "Behind a proxy, let it pass the Host header on."
+        )
         return Problem(403, message, "foreign_origin")
 
-    def _owner(self, path: str, headers: Headers) -> str | None:
+    def _owner(self, path: str, headers: Headers, subprotocols: Sequence[str]) -> str | None:
         """Who asks: a name made from the key; None for nobody who may."""
         if not self._settings.keys or path.startswith(OPEN_PREFIX):
             return EVERYBODY
-        given = _key(headers.get("authorization", ""))
+        keys = (name.removeprefix(KEY_PREFIX) for name in subprotocols if name.startswith(KEY_PREFIX))
+        given = _key(headers.get("authorization", "")) or next(keys, "")
         if not given:
             return None
         matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self._settings.keys]

@@ -38,7 +38,7 @@ from pydantic import TypeAdapter
 
 from aloud.live import Engine
 from aloud.live_speech import LiveSpeech
-from aloud.server.connection import Connection, Door, SocketLimits
+from aloud.server.connection import Connection, Door, SocketLimits, accept
 from aloud.server.encode import FORMATS, encoder
 from aloud.server.metrics import Metrics, Progress
 from aloud.server.problems import Problem, problem_of, refuse
@@ -74,9 +74,7 @@ def realtime_routes(
         """Speak, until the client leaves."""
         try:
             with door.entered(websocket):
-                # Browsers ask for one subprotocol of several, and take it amiss when none is chosen.
-                chosen = "realtime" if "realtime" in websocket.scope.get("subprotocols", []) else None
-                await websocket.accept(chosen)
+                await accept(websocket, "realtime")
                 await RealtimeSocket(websocket, engine, settings, registry, metrics, bounds).run()
         except Problem as problem:
             await refuse(websocket, problem)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from aloud.errors import RequestError
 
@@ -40,6 +42,7 @@ class Settings:
     model: str | None = None  # what clients know it by; None: its name on the hub, or its folder's
     keys: tuple[str, ...] = ()  # none: everybody may come
     hosts: tuple[str, ...] = ()  # names that it answers to, without ports; none: any
+    origins: tuple[str, ...] = ()  # of `read_origin`: other sites whose pages may ask
     voices: Path | None = None  # folder; None: voices are kept until the process ends
     sessions: Path | None = None  # folder, which several servers may share; None: in memory alone
     aliases: dict[str, str | int] = field(default_factory=lambda: default_aliases())
@@ -61,6 +64,25 @@ def read_keys(path: Path) -> tuple[str, ...]:
     if not all(key.isascii() for key in keys):
         raise RequestError(f"A key in {path} has letters that headers cannot carry. Use ASCII.")
     return keys
+
+
+def read_origin(site: str) -> str:
+    """A site as browsers name it when its pages ask (RFC 6454): `https://app.example`, `http://localhost:3000`.
+
+    Raises a `RequestError` when it is none.
+    """
+    wrong = RequestError(f"A site is named as https://app.example or http://localhost:3000, and not as {site!r}.")
+    try:
+        parts = urlsplit(site.strip().lower())
+        port = parts.port  # raises for what is no port
+    except ValueError as error:
+        raise wrong from error
+    name, default = parts.hostname, {"http": 80, "https": 443}.get(parts.scheme)
+    is_more = parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None
+    if default is None or not name or is_more or not re.fullmatch(r"[a-z0-9._:-]+", name):
+        raise wrong
+    shown = f"[{name}]" if ":" in name else name
+    return f"{parts.scheme}://{shown}" + (f":{port}" if port not in (None, default) else "")
 
 
 def default_aliases() -> dict[str, str | int]:

@@ -22,6 +22,9 @@ A context is a conversation: what it has spoken is what its next words follow on
 | `audio.cancelled` | `context_id`, `audio_seconds` of the turn that were sent | the answer to each `input.cancel`; no audio follows |
 | `error` | `error` as over HTTP, `retry_after_seconds`, `context_id` if it is a context's | one for each wrong message, and one for a turn that failed: its further text is dropped until flush, done or cancel, which are answered as always |
 
+A page has no other way to send a key than among the subprotocols: `aloud` and `openai-insecure-api-key.KEY`. In
+`/v1/realtime`, as OpenAI's clients send it, the first is `realtime`.
+
 After 100 messages that were answered by an `error`, in all (`SocketLimits.errors`), the socket is closed with code 1008.
 
 When a socket has as many contexts as it may, a new one takes the place of the one that has been silent for longest.
@@ -44,7 +47,7 @@ from fastapi import APIRouter, WebSocket
 from aloud.audio import Audio
 from aloud.live import Engine
 from aloud.live_speech import LiveSpeech
-from aloud.server.connection import Connection, Door, SocketLimits
+from aloud.server.connection import Connection, Door, SocketLimits, accept
 from aloud.server.encode import FORMATS, Encoder, Encoders
 from aloud.server.metrics import Metrics, Progress
 from aloud.server.problems import Problem, problem_of, refuse
@@ -83,7 +86,7 @@ def websocket_routes(
         """Speak, until the client leaves."""
         try:
             with door.entered(websocket):
-                await websocket.accept()
+                await accept(websocket, "aloud")
                 await SpeechSocket(websocket, engine, settings, registry, metrics, encoders, bounds).run()
         except Problem as problem:
             await refuse(websocket, problem)

@@ -38,6 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_ctrl_c_ends_it(model: str, tmp_path: Path) -> None:
     """It says where it serves, answers to this machine's names alone, and goes without a traceback."""
     command = [sys.executable, "-m", "aloud.cli", "serve", model, "--device", "cpu", "--port", "0"]
+    command += ["--allow-origin", "https://app.example/"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     printed = tmp_path / "printed"
     with printed.open("w") as file:
@@ -52,6 +53,8 @@ def test_ctrl_c_ends_it(model: str, tmp_path: Path) -> None:
             foreign = {"host": "speech.example"}
             assert client.get("/v1/models", headers=foreign).json()["error"]["code"] == "foreign_host"
             assert client.get("/health/live", headers=foreign).status_code == 200
+            answer = client.get("/v1/models", headers={"origin": "https://app.example"})
+            assert answer.headers["access-control-allow-origin"] == "https://app.example"
         running.send_signal(signal.SIGINT)
         assert running.wait(20) == 0
     finally:
@@ -97,6 +100,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--sessions", "{folder}/empty"), "--sessions is a folder, and"),
         (("--voices", "{folder}/empty/below"), "Not a directory"),
         (("--alias", "alloy=../anna"), "--alias alloy: a voice's name"),
+        (("--allow-origin", "*"), "A site is named as https://app.example"),
         (("--max-streams", "0"), "--max-streams is 1 or more"),
         (("--max-streams", "-3"), "--max-streams is 1 or more"),
         (("--max-waiting", "-1"), "--max-waiting is 0 or more"),
