@@ -17,6 +17,7 @@ from aloud.errors import AloudError, AudioUnreadable, AudioUnwritable, MissingDe
 from aloud.request import MAX_SECONDS, Guards, Request, Segment
 
 if TYPE_CHECKING:
+    from aloud.api import Runtime
     from aloud.audio import Audio
     from aloud.live_speech import LiveSpeech
     from aloud.speech import SpeechStream
@@ -184,9 +185,7 @@ def _speak(parsed: argparse.Namespace) -> int:
     # Heavy modules are imported by the commands that need them: help and usage errors answer at once.
     from aloud.api import Runtime
     from aloud.audio import check_writable
-    from aloud.live import Engine
     from aloud.prepare import check_request
-    from aloud.speech import Progress
 
     # Whatever can be wrong is found before the model is loaded, which takes much longer.
     raw = parsed.output == "-"
@@ -223,10 +222,7 @@ def _speak(parsed: argparse.Namespace) -> int:
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
     spoken: Audio | SpeechStream | LiveSpeech
     if _is_said_in_parts(request, runtime.frame_rate):
-        with Engine(runtime) as engine, Progress(shown=on_terminal) as bar:
-            spoken = engine.stream(**vars(replace(request, guards=Guards())), pace="full")
-            chunks = bar.over(spoken)
-            seconds = _write_raw(chunks) if raw else _save(engine.joined(list(chunks), spoken), parsed.output)
+        spoken, seconds = _speak_in_parts(runtime, request, parsed.output, shown=on_terminal)
     elif raw:
         with runtime.stream(**vars(request), progress=on_terminal) as spoken:
             seconds = _write_raw(spoken)
@@ -234,14 +230,13 @@ def _speak(parsed: argparse.Namespace) -> int:
         spoken = runtime.speak(**vars(request), progress=on_terminal)
         seconds = _save(spoken, parsed.output)
     is_cut_off = parsed.max_seconds is None or seconds < parsed.max_seconds - 1 / runtime.frame_rate
-    if spoken.finish_reason == "length" and is_cut_off and sys.stderr is not None:
-        print(
+    if spoken.finish_reason == "length" and is_cut_off:
+        _tell(
             f"aloud: the speech was cut off after {seconds:.1f} s: no more fits in {MAX_SECONDS:g} s and the model's "
-            "context. Say less in one sentence, or behind less context.",
-            file=sys.stderr,
+            "context. Say less in one sentence, or behind less context."
         )
     if on_terminal:
-        print(f"{parsed.output}: ended by {spoken.finish_reason}, --seed {spoken.seed}", file=sys.stderr)
+        _tell(f"{parsed.output}: ended by {spoken.finish_reason}, --seed {spoken.seed}")
     return 0
 
 
@@ -256,10 +251,41 @@ def _is_said_in_parts(request: Request, frame_rate_hz: float) -> bool:
     return limit_frames > MAX_SECONDS * frame_rate_hz or bool(request.context and len(split(request.text)) > 1)
 
 
+def _speak_in_parts(runtime: Runtime, request: Request, path: str, *, shown: bool) -> tuple[LiveSpeech, float]:
+    """Say a text as an engine does -> the speech and its seconds.
+
+    Where it breaks off, by Ctrl-C or an error, a file has what was said until then: it may be most of an hour.
+    """
+    from aloud.audio import Audio
+    from aloud.live import Engine
+    from aloud.speech import Progress
+
+    said: list[Audio] = []
+    try:
+        with Engine(runtime) as engine, Progress(shown=shown) as bar:
+            speech = engine.stream(**vars(replace(request, guards=Guards())), pace="full")
+            if path == "-":
+                return speech, _write_raw(bar.over(speech))
+            for chunk in bar.over(speech):
+                said.append(chunk)
+    except BaseException:
+        if said:
+            seconds = _save(Audio.concatenate(said), path)
+            _tell(f"aloud: {path} has the {seconds:.1f} s that were said until then.")
+        raise
+    return speech, _save(engine.joined(said, speech), path)
+
+
 def _save(audio: Audio, path: str) -> float:
     """Write a file -> its seconds."""
     audio.save(path)
     return audio.duration
+
+
+def _tell(sentence: str) -> None:
+    """Say something on standard error, which may be closed."""
+    if sys.stderr is not None:
+        print(sentence, file=sys.stderr)
 
 
 def _write_raw(chunks: Iterable[Audio]) -> float:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -22,9 +23,11 @@ import torch
 from safetensors.torch import save_file
 
 import aloud
-from aloud import Engine, Guards, Runtime, Segment, live
+from aloud import Audio, Engine, Guards, Runtime, Segment, live
 from aloud.cli import _parser, main
 from aloud.engine.slots import MOST_STREAMS
+from aloud.errors import StepFailed
+from aloud.live_speech import LiveSpeech
 from aloud.text.split import split
 from oracle import csm as oracle
 
@@ -151,6 +154,45 @@ def test_a_text_of_any_length_is_said_to_its_end(
     data = written.getvalue() if output == "pipe" else soundfile.read(path, dtype="int16")[0].tobytes()
     assert len(expected) == len(split(text)) * 3 * 1920
     np.testing.assert_allclose(np.frombuffer(data, "<i2") / 32768, expected, atol=0.51 / 32768)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [(KeyboardInterrupt(), 130, ""), (StepFailed("The device is gone."), 1, "aloud: The device is gone.\n")],
+    ids=["Ctrl-C", "error"],
+)
+@pytest.mark.parametrize("frames", [0, 5])
+def test_a_long_text_that_breaks_off_leaves_what_was_said(
+    frames: int,
+    error: BaseException,
+    status: int,
+    said: str,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And where nothing was said yet, the file that was there."""
+    following, left = LiveSpeech.__next__, iter(range(frames))
+
+    def until_then(speech: LiveSpeech) -> Audio:
+        if next(left, None) is None:
+            raise error
+        return following(speech)
+
+    monkeypatch.setattr(LiveSpeech, "__next__", until_then)
+    path = tmp_path / "out.wav"
+    path.write_bytes(b"before")
+    kept = f"aloud: {path} has the {0.08 * frames:.1f} s that were said until then.\n" if frames else ""
+    command = ["speak", LONG, "-o", str(path), "--model", model, "--seed", "3"]
+    assert run(command, capsys) == (status, "", kept + said)
+    if not frames:
+        assert path.read_bytes() == b"before"
+        return
+    monkeypatch.undo()
+    with Engine(Runtime.load(model, max_streams=1)) as engine, engine.stream(LONG, seed=3) as speech:
+        expected = np.concatenate([next(speech).samples for _ in range(frames)]).clip(-1, 1 - 1 / 32768)
+    np.testing.assert_allclose(soundfile.read(path)[0], expected, atol=0.51 / 32768)
 
 
 @pytest.mark.parametrize("output", ["file", "pipe"])
@@ -551,6 +593,38 @@ def test_on_a_terminal_it_streams_shows_a_bar_and_ends_at_control_c(model: str) 
     assert b"x real time" in shown
     assert b"Traceback" not in shown
     assert b"aloud:" not in shown
+
+
+def test_control_c_in_a_long_text_leaves_what_was_said(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.wav"
+    command = [sys.executable, "-m", "aloud.cli", "speak", LONG, "-o", str(path), "--model", model, "--seed", "1"]
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+    process = subprocess.Popen(
+        command, stderr=terminal, env=BUFFERED, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    os.close(terminal)
+    shown = bytearray()
+    is_stopped = False
+    try:
+        while True:
+            try:
+                shown.extend(os.read(screen, 1000))
+            except OSError:  # the terminal's other end is closed
+                break
+            # Its bar shows that something was said.
+            if not is_stopped and re.search(rb"[1-9]\.\d s of audio", shown):
+                process.send_signal(signal.SIGINT)
+                is_stopped = True
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(screen)
+    seconds = soundfile.info(path).duration
+    assert 0.9 < seconds < 80.0  # of hundreds
+    # On a line of its own, behind the bar.
+    assert shown.decode().endswith(f"\naloud: {path} has the {seconds:.1f} s that were said until then.\r\n")
 
 
 def test_a_reader_that_leaves_ends_it_quietly(model: str) -> None:
