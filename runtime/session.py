@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from aloud.audio import Audio
@@ -14,7 +14,7 @@ from aloud.conversation import Conversation
 from aloud.engine.stream import Job, Stream
 from aloud.errors import EngineClosed, RequestError, SessionBusy
 from aloud.live_speech import LiveSpeech, Text
-from aloud.prepare import check_prompt, check_text, read_turns
+from aloud.prepare import check_manner, check_prompt, check_text, read_turns, resolve_sampling
 from aloud.request import AudioSource, Guards, Prompt, Request, Sampling, Segment
 
 if TYPE_CHECKING:
@@ -112,6 +112,10 @@ class Session:
         self,
         text: Text,
         *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        depth_temperature: float | None = None,
+        depth_top_k: int | None = None,
         seed: int | None = None,
         max_seconds: float | None = None,
         pace: Pace = "realtime",
@@ -120,9 +124,25 @@ class Session:
     ) -> LiveSpeech:
         """Say the next turn; the arguments are those of `Engine.stream`, the others were given to `Engine.session`.
 
+        Sampling that is left out is the session's; what is given for the whole goes for both decoders.
         is_taken: whether the caller took the turn on before, so that it is spoken also while the engine drains.
         """
-        request = self._request(text, seed, max_seconds)
+        if isinstance(text, str):
+            check_text(text)
+        turn = Request(
+            text="",
+            speaker=self._manner.speaker,
+            temperature=temperature,
+            top_k=top_k,
+            depth_temperature=depth_temperature,
+            depth_top_k=depth_top_k,
+            seed=seed,
+            max_seconds=max_seconds,
+            guards=self._manner.guards,
+        )
+        check_manner(turn)
+        of_session = resolve_sampling(self._engine.runtime.sampling, self._manner)
+        request = replace(turn, **vars(resolve_sampling(of_session, turn)))
         release = self._claim()
         try:
             return self._engine.speech(
@@ -140,14 +160,52 @@ class Session:
             release()
             raise
 
-    async def speak(self, text: Text, *, seed: int | None = None, max_seconds: float | None = None) -> Audio:
+    async def speak(
+        self,
+        text: Text,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        depth_temperature: float | None = None,
+        depth_top_k: int | None = None,
+        seed: int | None = None,
+        max_seconds: float | None = None,
+    ) -> Audio:
         """Say the next turn and return all of it."""
-        speech = self.stream(text, seed=seed, max_seconds=max_seconds, pace="full")
+        speech = self.stream(
+            text,
+            temperature=temperature,
+            top_k=top_k,
+            depth_temperature=depth_temperature,
+            depth_top_k=depth_top_k,
+            seed=seed,
+            max_seconds=max_seconds,
+            pace="full",
+        )
         return self._engine.joined([chunk async for chunk in speech], speech)
 
-    def speak_sync(self, text: Text, *, seed: int | None = None, max_seconds: float | None = None) -> Audio:
+    def speak_sync(
+        self,
+        text: Text,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        depth_temperature: float | None = None,
+        depth_top_k: int | None = None,
+        seed: int | None = None,
+        max_seconds: float | None = None,
+    ) -> Audio:
         """As `speak`; blocks."""
-        speech = self.stream(text, seed=seed, max_seconds=max_seconds, pace="full")
+        speech = self.stream(
+            text,
+            temperature=temperature,
+            top_k=top_k,
+            depth_temperature=depth_temperature,
+            depth_top_k=depth_top_k,
+            seed=seed,
+            max_seconds=max_seconds,
+            pace="full",
+        )
         return self._engine.joined(list(speech), speech)
 
     def _keep_heard(self, utterance: object, heard_seconds: float) -> None:
@@ -200,22 +258,6 @@ class Session:
         except BaseException:  # who hears it again shall not have it twice
             conversation.take_back()
             raise
-
-    def _request(self, text: Text, seed: int | None, max_seconds: float | None) -> Request:
-        if isinstance(text, str):
-            check_text(text)
-        given = self._manner
-        return Request(
-            text="",
-            speaker=given.speaker,
-            temperature=given.temperature,
-            top_k=given.top_k,
-            depth_temperature=given.depth_temperature,
-            depth_top_k=given.depth_top_k,
-            seed=seed,
-            max_seconds=max_seconds,
-            guards=given.guards,
-        )
 
     def _claim(self) -> Callable[[], None]:
         """Be busy until the function that this returns is called."""

@@ -125,7 +125,7 @@ async def begin(
     """
     _check(body, limits)
     name = body.voice if isinstance(body.voice, str) else body.voice.id
-    given: dict[str, Any] = {name: getattr(body, name) for name in ("seed", "max_seconds", "pace")}
+    given: dict[str, Any] = {name: getattr(body, name) for name in (*SAMPLING, "seed", "max_seconds", "pace")}
     given["lead_seconds"] = limits.lead_seconds
     if body.session_id is not None:
         is_chosen = "voice" in body.model_fields_set
@@ -140,7 +140,6 @@ async def begin(
         speaker=speaker if body.speaker is None else body.speaker,
         context=context,
         **given,
-        **{name: getattr(body, name) for name in SAMPLING},
     )
     return speech, None
 
@@ -196,5 +195,5 @@ def _check(body: SpeechBody, limits: Limits) -> None:
         return
     if body.context is not None:
         raise Problem(400, "A session has a context of its own; leave context out.", "not_in_a_session", "context")
-    if any(getattr(body, name) is not None for name in (*SAMPLING, "speaker")):
-        raise Problem(400, "A session has its own sampling and speaker; leave them out.", "not_in_a_session")
+    if body.speaker is not None:
+        raise Problem(400, "A session has a speaker of its own; leave speaker out.", "not_in_a_session", "speaker")

@@ -8,7 +8,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +147,45 @@ def test_turns_say_what_a_fresh_prompt_of_all_before_says(made: Made, with_voice
     speak("Good.", 3, 5)
     assert session.stats.dropped_turns == 0
     assert session.stats.turns == 7
+
+
+def test_each_turn_may_have_sampling_of_its_own(made: Made, seed: int) -> None:
+    """What it leaves out is the session's, and what the session leaves out is the model's.
+
+    What is given for the whole goes for both decoders, as everywhere.
+    """
+    session = made.engine.session(speaker=1, temperature=0.7, depth_temperature=0.6)
+    of_session = replace(SAMPLING, temperature=0.7, depth_temperature=0.6)
+    every = Sampling(temperature=1.3, top_k=40, depth_temperature=1.1, depth_top_k=30)
+    transcript = Transcript(made.runtime)
+
+    def say_with(given: dict[str, Any], expected: Sampling, number: int) -> None:
+        chunks = list(session.stream("Well?", seed=seed + number, max_seconds=0.4, pace="full", **given))
+        prompt = transcript.prompt("Well?")
+        np.testing.assert_array_equal(
+            codes_of(chunks), said_afresh(made.runtime, prompt, expected, seed + number, 5)[0], err_msg=str(given)
+        )
+        transcript.add(1, "Well?", codes_of(chunks))
+
+    turns: list[tuple[dict[str, Any], Sampling]] = [
+        (vars(every), every),
+        ({"temperature": 0}, replace(of_session, temperature=0, depth_temperature=0)),
+        ({"temperature": 0, "depth_temperature": 1.0}, replace(of_session, temperature=0, depth_temperature=1.0)),
+        ({"depth_top_k": 3}, replace(of_session, depth_top_k=3)),
+        ({}, of_session),
+    ]
+    for number, (given, expected) in enumerate(turns):
+        say_with(given, expected, number)
+    with pytest.raises(errors.SamplingInvalid):
+        session.stream("Well?", temperature=-1.0)
+    assert not session.is_busy
+    again = made.engine.session(speaker=1, temperature=0.7, depth_temperature=0.6)
+    whole = again.speak_sync("Well?", seed=seed, max_seconds=0.4, **vars(every))
+    awaited = made.engine.session(speaker=1)
+    other = asyncio.run(awaited.speak("Well?", seed=seed, max_seconds=0.4, **vars(every)))
+    expected_codes, _ = said_afresh(made.runtime, Transcript(made.runtime).prompt("Well?"), every, seed, 5)
+    np.testing.assert_array_equal(whole.codes, expected_codes)
+    np.testing.assert_array_equal(other.codes, expected_codes)
 
 
 def test_awaited_turns_are_the_same(made: Made, seed: int) -> None:

@@ -50,6 +50,23 @@ def test_the_context_continues(server: Running) -> None:
     assert text <= read <= text + 3 < positions, "the first turn was read again"
 
 
+def test_each_turn_may_have_sampling_of_its_own(server: Running) -> None:
+    """And a turn without it does not have that of the turn before."""
+    hot = {"temperature": 1.5, "top_k": 0, "depth_temperature": 1.2, "depth_top_k": 9}
+    alone = server.speech(**GREEDY).content
+    with server.client() as client:
+        assert say(client, "hot", **hot).content == server.speech(**GREEDY, **hot).content != alone
+        then = say(client, "hot").content
+        exported = client.get("/v1/sessions/hot").json()
+        exported["turns"].pop()
+        assert client.put("/v1/sessions/cold", json=exported).status_code == 200
+        assert say(client, "cold").content == then
+        assert say(client, "cold", **hot).content != then
+        refused = say(client, "cold", speaker=3)
+        assert_problem(refused, 400, "not_in_a_session")
+        assert refused.json()["error"]["param"] == "speaker"
+
+
 def test_a_voice_cannot_change(server: Running) -> None:
     with server.client() as client:
         assert say(client, "voice", voice="echo").status_code == 200
