@@ -135,14 +135,17 @@ def compile_launches(launches: Sequence[Launch], capability: int) -> list[Report
     """Compile launches for one compute capability and read their machine code.
 
     Returns:
-        For each a report, or in words why it does not compile.
+        For each a report, or in words why it does not compile or cannot be read.
     """
     compiled = [_compile(launch, capability) for launch in launches]
-    read = iter(read_instructions([one.asm["cubin"] for one in compiled if not isinstance(one, str)], capability))
-    return [
-        one if isinstance(one, str) else _report(launch, capability, one, next(read))
-        for launch, one in zip(launches, compiled, strict=True)
-    ]
+    try:
+        read = iter(read_instructions([one.asm["cubin"] for one in compiled if not isinstance(one, str)], capability))
+        return [
+            one if isinstance(one, str) else _report(launch, capability, one, next(read))
+            for launch, one in zip(launches, compiled, strict=True)
+        ]
+    except Exception as error:  # of the tools that read machine code: it is not known of these kernels
+        return [one if isinstance(one, str) else _in_words(error) for one in compiled]
 
 
 def _compile(launch: Launch, capability: int) -> Any:
@@ -155,7 +158,11 @@ def _compile(launch: Launch, capability: int) -> Any:
         try:
             return specialize(launch).compile(capability)
         except Exception as error:  # any failure of the compiler is this suite's finding
-            return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            return _in_words(error)
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def _report(launch: Launch, capability: int, compiled: Any, instructions: Sequence[Instruction]) -> Report:
@@ -251,7 +258,7 @@ class Outcome:
     @property
     def faults(self) -> tuple[str, ...]:
         """What is wrong, in words; empty when nothing is."""
-        return self.report.faults if self.report else (f"does not compile: {self.error}",)
+        return self.report.faults if self.report else (f"does not compile, or cannot be read: {self.error}",)
 
 
 def specializations(names: list[str], capabilities: list[int]) -> dict[tuple[Specialization, int], Job]:

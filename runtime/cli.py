@@ -254,7 +254,8 @@ def _is_said_in_parts(request: Request, frame_rate_hz: float) -> bool:
 def _speak_in_parts(runtime: Runtime, request: Request, path: str, *, shown: bool) -> tuple[LiveSpeech, float]:
     """Say a text as an engine does -> the speech and its seconds.
 
-    Where it breaks off, by Ctrl-C or an error, a file has what was said until then: it may be most of an hour.
+    Where it breaks off, by Ctrl-C or an error, what was said until then is kept: it may be most of an hour. It has
+    another name than was asked for, so that a file of that name is whole.
     """
     from aloud.audio import Audio
     from aloud.live import Engine
@@ -270,8 +271,10 @@ def _speak_in_parts(runtime: Runtime, request: Request, path: str, *, shown: boo
                 said.append(chunk)
     except BaseException:
         if said:
-            seconds = _save(Audio.concatenate(said), path)
-            _tell(f"aloud: {path} has the {seconds:.1f} s that were said until then.")
+            whole, kept = Audio.concatenate(said), Path(path)
+            kept = kept.with_name(f"{kept.stem}.part{kept.suffix}")
+            _tell(f"aloud: the {whole.duration:.1f} s that were said until then are saved as {kept}.")
+            _save(whole, str(kept))
         raise
     return speech, _save(engine.joined(said, speech), path)
 

@@ -16,7 +16,6 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import compile_path
 
@@ -28,6 +27,7 @@ from aloud.server.answer import SpeechAnswer
 from aloud.server.encode import FORMATS, Encoders
 from aloud.server.gate import Gate, route_path
 from aloud.server.metrics import Metrics
+from aloud.server.origins import Origins
 from aloud.server.problems import Problem, problem_of
 from aloud.server.realtime import realtime_routes
 from aloud.server.sessions import SESSION_ID, Sessions
@@ -66,15 +66,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http)
     app.state.metrics = metrics
     app.add_middleware(Gate, settings=settings)
-    if settings.origins:
-        app.add_middleware(
-            CORSMiddleware,  # around the gate: what a browser asks beforehand comes without a key
-            allow_origins=settings.origins,
-            allow_methods=("GET", "POST", "PUT", "DELETE"),
-            allow_headers=("*",),
-            allow_private_network=True,
-            expose_headers=("retry-after", "x-aloud-seed", "x-request-id", "x-should-retry"),
-        )
+    app.add_middleware(Origins, origins=settings.origins)
     app.include_router(_speech_routes(engine, settings, registry, sessions, metrics, encoders))
     app.include_router(_voice_routes(engine, settings, registry))
     app.include_router(_session_routes(engine, settings, sessions))

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,7 +35,7 @@ EVERYBODY = "everybody"
 
 
 class Gate:
-    """ASGI middleware, around everything else."""
+    """ASGI middleware, around everything but `Origins`."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
@@ -67,7 +67,7 @@ class Gate:
             if refusal is not None:
                 await self._refuse(scope, receive, send_with_id, refusal)
                 return
-            owner = self._owner(path, headers, scope.get("subprotocols", ()))
+            owner = self._owner(scope, path, headers)
             if owner is None:
                 await self._refuse(scope, receive, send_with_id, _unauthorised())
                 return
@@ -98,8 +98,7 @@ class Gate:
             return Problem(403, message, "foreign_host")
         if scope["type"] == "http" and scope["method"] in SAFE_METHODS:
             return None
-        origins = headers.getlist("origin")
-        if all(_is_same(origin, host) or origin in self._settings.origins for origin in origins):
+        if _is_own(headers) or set(headers.getlist("origin")) <= set(self._settings.origins):
             return None
         message = (
             "Pages of other sites may not ask, unless --allow-origin names theirs. "
@@ -107,12 +106,15 @@ class Gate:
         )
         return Problem(403, message, "foreign_origin")
 
-    def _owner(self, path: str, headers: Headers, subprotocols: Sequence[str]) -> str | None:
+    def _owner(self, scope: Scope, path: str, headers: Headers) -> str | None:
         """Who asks: a name made from the key; None for nobody who may."""
         if not self._settings.keys or path.startswith(OPEN_PREFIX):
             return EVERYBODY
-        keys = (name.removeprefix(KEY_PREFIX) for name in subprotocols if name.startswith(KEY_PREFIX))
-        given = _key(headers.get("authorization", "")) or next(keys, "")
+        # First what a page chose to send: it cannot know what else the browser, or a proxy, sends with it.
+        sent = (name.removeprefix(KEY_PREFIX) for name in scope.get("subprotocols", ()) if name.startswith(KEY_PREFIX))
+        given = next(sent, "") or _bearer(headers)
+        if not given and _is_own(headers):  # a password that the browser remembers is its own page's alone
+            given = _password(headers)
         if not given:
             return None
         matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self._settings.keys]
@@ -184,17 +186,26 @@ class _Body:
         return message
 
 
-def _key(authorization: str) -> str:
-    """The key of a header: a bearer token, or the password of basic authentication, which is what browsers send."""
-    scheme, _, value = authorization.partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip()
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except ValueError:  # no base64, no ASCII, no UTF-8
-            return ""
-    return ""
+def _bearer(headers: Headers) -> str:
+    """The key of a header that says it is one."""
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    return value.strip() if scheme.lower() == "bearer" else ""
+
+
+def _password(headers: Headers) -> str:
+    """The key where it is the password of basic authentication, which is what browsers ask for and send."""
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return ""
+    try:
+        return base64.b64decode(value, validate=True).decode().partition(":")[2]
+    except ValueError:  # no base64, no ASCII, no UTF-8
+        return ""
+
+
+def _is_own(headers: Headers) -> bool:
+    """Whether no page of another site asks."""
+    return all(_is_same(origin, headers.get("host", "")) for origin in headers.getlist("origin"))
 
 
 def _name(host: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -33,6 +34,8 @@ TICKS = 10
 OPEN_FILES = 65_536
 CUT_SECONDS = 2.0
 """For requests to end whose connections were cut, and to write their lines in the log."""
+SENDABLE = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+"""A key that can be part of a subprotocol's name (RFC 6455, section 4.1)."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -182,7 +185,7 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     open_files.allow(OPEN_FILES)
-    opening = Opening()
+    opening = Opening(settings.origins)
     config = uvicorn.Config(
         opening,
         http=H11Protocol,
@@ -216,6 +219,10 @@ def serve(
 
     if not settings.keys and not settings.hosts:
         logger.warning("Whoever reaches this server may ask for everything: it was started without a key file.")
+    if settings.origins and not all(map(SENDABLE.fullmatch, settings.keys)):
+        logger.warning(
+            "Pages cannot send every key with a WebSocket: only those of letters, digits and !#$%&'*+-.^_`|~."
+        )
     threading.Thread(target=open_engine, name="aloud-open", daemon=True).start()
     try:
         server.run(sockets)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from aloud.errors import RequestError
 
@@ -13,6 +13,9 @@ OPENAI_VOICES = (
     "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
 )  # fmt: skip
 """Names that OpenAI's clients send, some of which send no other."""
+
+ORIGIN = re.compile(r"(https?)://((?:[a-z0-9_-]+\.)*[a-z0-9_-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?/?")
+"""A site: scheme, name or address, port."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,22 @@ def read_origin(site: str) -> str:
     Raises a `RequestError` when it is none.
     """
     wrong = RequestError(f"A site is named as https://app.example or http://localhost:3000, and not as {site!r}.")
+    match = ORIGIN.fullmatch(site.strip().lower())
+    if match is None:
+        raise wrong
+    scheme, name, port = match.groups()
     try:
-        parts = urlsplit(site.strip().lower())
-        port = parts.port  # raises for what is no port
+        if name.startswith("["):
+            name = f"[{ip_address(name[1:-1]).compressed}]"
+        elif name.rpartition(".")[2].isdecimal():  # browsers read it as an address, and write it in full
+            name = ip_address(name).compressed
     except ValueError as error:
         raise wrong from error
-    name, default = parts.hostname, {"http": 80, "https": 443}.get(parts.scheme)
-    is_more = parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None
-    if default is None or not name or is_more or not re.fullmatch(r"[a-z0-9._:-]+", name):
+    number = None if port is None else int(port)
+    if number is not None and not 0 < number < 65_536:
         raise wrong
-    shown = f"[{name}]" if ":" in name else name
-    return f"{parts.scheme}://{shown}" + (f":{port}" if port not in (None, default) else "")
+    is_said = number not in (None, {"http": 80, "https": 443}[scheme])
+    return f"{scheme}://{name}" + (f":{number}" if is_said else "")
 
 
 def default_aliases() -> dict[str, str | int]:

@@ -15,8 +15,8 @@ from pydantic_core import PydanticCustomError
 from aloud.errors import AudioInvalid, AudioTooLong
 from aloud.live import Engine, Pace
 from aloud.live_speech import LiveSpeech
-from aloud.prepare import MAX_SPEAKER
-from aloud.request import MAX_TEMPERATURE, Segment
+from aloud.prepare import MAX_SPEAKER, check_request
+from aloud.request import MAX_TEMPERATURE, Request, Segment
 from aloud.server.problems import Problem
 from aloud.server.sessions import Sessions
 from aloud.server.settings import Limits
@@ -124,9 +124,10 @@ async def begin(
     Raises a `Problem` or a `RequestError`.
     """
     _check(body, limits)
+    given: dict[str, Any] = {name: getattr(body, name) for name in (*SAMPLING, "seed", "max_seconds")}
+    check_request(Request(text=body.input, **given))  # before a session is begun for it
     name = body.voice if isinstance(body.voice, str) else body.voice.id
-    given: dict[str, Any] = {name: getattr(body, name) for name in (*SAMPLING, "seed", "max_seconds", "pace")}
-    given["lead_seconds"] = limits.lead_seconds
+    given |= {"pace": body.pace, "lead_seconds": limits.lead_seconds}
     if body.session_id is not None:
         is_chosen = "voice" in body.model_fields_set
         kept = await asyncio.to_thread(sessions.open, owner, body.session_id, name, is_chosen=is_chosen)

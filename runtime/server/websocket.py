@@ -22,8 +22,8 @@ A context is a conversation: what it has spoken is what its next words follow on
 | `audio.cancelled` | `context_id`, `audio_seconds` of the turn that were sent | the answer to each `input.cancel`; no audio follows |
 | `error` | `error` as over HTTP, `retry_after_seconds`, `context_id` if it is a context's | one for each wrong message, and one for a turn that failed: its further text is dropped until flush, done or cancel, which are answered as always |
 
-A page has no other way to send a key than among the subprotocols: `aloud` and `openai-insecure-api-key.KEY`. In
-`/v1/realtime`, as OpenAI's clients send it, the first is `realtime`.
+A page has no other way to send a key than among the subprotocols: `aloud` and `openai-insecure-api-key.KEY`, where KEY
+has no `/`, `=` or other sign that names of subprotocols may not have. In `/v1/realtime` the first is `realtime`.
 
 After 100 messages that were answered by an `error`, in all (`SocketLimits.errors`), the socket is closed with code 1008.
 

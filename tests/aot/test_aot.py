@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,19 @@ def test_more_shared_memory_than_there_is(capability, most):
     assert "bytes of shared memory, of" in report.faults[0]
 
 
+def test_what_cannot_be_read_is_said_of_each_kernel(monkeypatch):
+    """And does not end the suite."""
+
+    def other_format(*_):
+        raise ValueError("a table of lines of DWARF 2 is read, not version 5")
+
+    monkeypatch.setattr(aot, "read_instructions", other_format)
+    compiled = iter([SimpleNamespace(asm={"cubin": b""}), "CompilationError: no"])
+    monkeypatch.setattr(aot, "_compile", lambda *_: next(compiled))
+    said = "ValueError: a table of lines of DWARF 2 is read, not version 5"
+    assert aot.compile_launches([None, None], 90) == [said, "CompilationError: no"]
+
+
 @pytest.mark.parametrize("broken", [False, True], ids=["fine", "a kernel does not compile"])
 def test_exit_status_and_document(broken, capsys):
     job = aot.Job("case", 0, torch.bfloat16, 1, 90)
@@ -130,4 +144,5 @@ def test_exit_status_and_document(broken, capsys):
     document = json.loads(out.splitlines()[-1])
     assert document["suite"] == "aot"
     assert len(document["results"]) == len(outcomes)
-    assert ("bad (case, bfloat16, 1 rows, sm_90): does not compile: CompilationError: no" in err) == broken
+    fault = "bad (case, bfloat16, 1 rows, sm_90): does not compile, or cannot be read: CompilationError: no"
+    assert (fault in err) == broken

@@ -67,6 +67,15 @@ def test_each_turn_may_have_sampling_of_its_own(server: Running) -> None:
         assert refused.json()["error"]["param"] == "speaker"
 
 
+def test_what_is_refused_begins_no_session(server: Running) -> None:
+    """Whose voice could not be changed any more."""
+    with server.client() as client:
+        for wrong in ({"temperature": 0.0005}, {"input": " "}):
+            assert_problem(say(client, "refused", voice="nova", **wrong), 400)
+            assert_problem(client.get("/v1/sessions/refused"), 404)
+        assert say(client, "refused", voice="echo").status_code == 200
+
+
 def test_a_voice_cannot_change(server: Running) -> None:
     with server.client() as client:
         assert say(client, "voice", voice="echo").status_code == 200

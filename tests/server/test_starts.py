@@ -143,7 +143,8 @@ def test_health_is_answered_while_the_model_is_loaded() -> None:
 
     def run() -> None:
         try:
-            serve(load, Settings(model="small"), [bound], drain_seconds=1, max_waiting=1)
+            settings = Settings(model="small", keys=("a/b",), origins=("https://app.example",))
+            serve(load, settings, [bound], drain_seconds=1, max_waiting=1)
         except RequestError as error:
             ended.append(str(error))
 
@@ -156,6 +157,9 @@ def test_health_is_answered_while_the_model_is_loaded() -> None:
                 answer = client.get(path)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (503, "warming")
                 assert answer.headers["retry-after"] == "5"
+            answer = client.get("/v1/models", headers={"origin": "https://app.example"})
+            assert answer.headers["access-control-allow-origin"] == "https://app.example"
+            assert "access-control-allow-origin" not in client.get("/v1/models", headers={"origin": "x"}).headers
         with pytest.raises(InvalidStatus) as refused, connect(f"ws://127.0.0.1:{port}/v1/realtime"):
             pass
         assert refused.value.response.status_code == 503
