@@ -166,7 +166,7 @@ def encoded(samples: np.ndarray, container: str, codec: str, rate: int = 48_000,
 
 def assert_problem(response: httpx.Response, status: int, code: str | None = None) -> str:
     """An error in OpenAI's shape, with a sentence -> the sentence."""
-    assert response.status_code == status, response.text
+    assert response.status_code == status, response.text[:200]
     assert response.headers["content-type"] == "application/json"
     assert len(response.headers["x-request-id"]) == 16
     (error,) = response.json().values()

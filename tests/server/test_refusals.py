@@ -48,7 +48,7 @@ REFUSED = {
     "no-seconds": ({"max_seconds": 0}, 400, "max_seconds"),
     "many-seconds": ({"max_seconds": 1e9}, 400, "max_seconds"),
     "session-id": ({"session_id": "../x"}, 400, "session_id"),
-    "sampling-in-a-session": ({"session_id": "refused", "temperature": 0.5}, 400, None),
+    "speaker-in-a-session": ({"session_id": "refused", "speaker": 3}, 400, "speaker"),
 }
 
 
