@@ -198,7 +198,8 @@ class Model:
                 context.has_started = True
             case "audio.delta":
                 assert context.has_started, "bytes before audio.start"
-                assert not turn.has_failed
+                # What a format with frames has held back of the turns before comes when the context ends.
+                assert not turn.has_failed or turn.ending == "done"
                 context.heard += event["data"]
             case "error":
                 assert turn.fails, event
