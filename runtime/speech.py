@@ -136,10 +136,10 @@ class Progress(tqdm):
         super().__init__(disable=not shown, file=sys.stderr, bar_format=self.FORMAT)
 
     def over(self, chunks: Iterable[Audio]) -> Iterator[Audio]:
-        """The chunks, each counted as it comes."""
+        """The chunks, each counted when the next is asked for: what the bar shows is in its receiver's hands."""
         for chunk in chunks:
-            self.update(chunk.duration)
             yield chunk
+            self.update(chunk.duration)
 
     @property
     def format_dict(self) -> dict[str, Any]:

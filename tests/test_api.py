@@ -14,6 +14,7 @@ import torch
 
 from aloud import Audio, Guards, Request, Runtime, Sampling, Segment, errors
 from aloud.models.csm import Csm
+from aloud.speech import Progress
 from oracle import csm as oracle
 from scripted import Frame, ScriptedModel, runtime_of, said
 
@@ -291,6 +292,16 @@ def test_progress_is_written_to_stderr_in_seconds_of_audio(capsys: pytest.Captur
     assert out == ""
     assert "2.0 s of audio in 00:00, " in err
     assert "x real time" in err
+
+
+def test_the_bar_counts_what_was_received() -> None:
+    """Who breaks off has all that it showed."""
+    received: list[Audio] = []
+    with Progress(shown=True) as bar:
+        for chunk in bar.over([Audio(np.zeros(1920, np.float32), 24_000)] * 3):
+            assert bar.n == pytest.approx(0.08 * len(received))
+            received.append(chunk)
+        assert bar.n == pytest.approx(0.24)
 
 
 # --- what the context leaves ------------------------------------------------------------------------------------------

@@ -625,7 +625,8 @@ def test_control_c_in_a_long_text_leaves_what_was_said(model: str, tmp_path: Pat
     assert not path.exists()
     kept = tmp_path / "out.part.wav"
     seconds = soundfile.info(kept).duration
-    assert seconds > 0.9
+    counted = [float(number) for number in re.findall(rb"([\d.]+) s of audio", shown)]
+    assert seconds > max(counted) - 0.05  # the bar shows tenths
     # On a line of its own, behind the bar.
     said = f"\naloud: the {seconds:.1f} s that were said until then are saved as {kept}.\r\n"
     assert shown.decode().endswith(said)
