@@ -309,7 +309,7 @@ def run(parsed: argparse.Namespace) -> int:
     chunks = []
     for capability in sorted({job.capability for job in todo}):
         jobs = [job for job in todo if job.capability == capability]
-        chunks += [jobs[start : start + TOGETHER] for start in range(0, len(jobs), TOGETHER)]
+        chunks += [jobs[first : first + TOGETHER] for first in range(0, len(jobs), TOGETHER)]
     # New processes, not forks: torch has started threads in this one.
     with ProcessPoolExecutor(parsed.processes, mp_context=get_context("spawn")) as pool:
         outcomes = {outcome.job: outcome for done in pool.map(work, chunks) for outcome in done}

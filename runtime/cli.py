@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if parsed.debug:
             traceback.print_exc()
-        print(f"aloud: {_sentence(error)}", file=sys.stderr)
+        _tell(f"aloud: {_sentence(error)}")
         if isinstance(error, OSError):
             _discard_output()
         return EXIT_ERROR
@@ -273,7 +273,7 @@ def _speak_in_parts(runtime: Runtime, request: Request, path: str, *, shown: boo
         if said:
             whole, kept = Audio.concatenate(said), Path(path)
             kept = kept.with_name(f"{kept.stem}.part{kept.suffix}")
-            _tell(f"aloud: the {whole.duration:.1f} s that were said until then are saved as {kept}.")
+            _tell(f"aloud: saving the {whole.duration:.1f} s that were said until then as {kept}")
             _save(whole, str(kept))
         raise
     return speech, _save(engine.joined(said, speech), path)

@@ -183,7 +183,7 @@ def test_a_long_text_that_breaks_off_leaves_what_was_said(
     monkeypatch.setattr(LiveSpeech, "__next__", until_then)
     path, kept_path = tmp_path / "out.wav", tmp_path / "out.part.wav"
     path.write_bytes(b"before")
-    kept = f"aloud: the {0.08 * frames:.1f} s that were said until then are saved as {kept_path}.\n" if frames else ""
+    kept = f"aloud: saving the {0.08 * frames:.1f} s that were said until then as {kept_path}\n" if frames else ""
     command = ["speak", LONG, "-o", str(path), "--model", model, "--seed", "3"]
     assert run(command, capsys) == (status, "", kept + said)
     assert path.read_bytes() == b"before"
@@ -628,7 +628,7 @@ def test_control_c_in_a_long_text_leaves_what_was_said(model: str, tmp_path: Pat
     counted = [float(number) for number in re.findall(rb"([\d.]+) s of audio", shown)]
     assert seconds > max(counted) - 0.05  # the bar shows tenths
     # On a line of its own, behind the bar.
-    said = f"\naloud: the {seconds:.1f} s that were said until then are saved as {kept}.\r\n"
+    said = f"\naloud: saving the {seconds:.1f} s that were said until then as {kept}\r\n"
     assert shown.decode().endswith(said)
 
 

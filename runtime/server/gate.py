@@ -112,9 +112,7 @@ class Gate:
             return EVERYBODY
         # First what a page chose to send: it cannot know what else the browser, or a proxy, sends with it.
         sent = (name.removeprefix(KEY_PREFIX) for name in scope.get("subprotocols", ()) if name.startswith(KEY_PREFIX))
-        given = next(sent, "") or _bearer(headers)
-        if not given and _is_own(headers):  # a password that the browser remembers is its own page's alone
-            given = _password(headers)
+        given = next(sent, "") or _key(headers)
         if not given:
             return None
         matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self._settings.keys]
@@ -186,21 +184,20 @@ class _Body:
         return message
 
 
-def _bearer(headers: Headers) -> str:
-    """The key of a header that says it is one."""
-    scheme, _, value = headers.get("authorization", "").partition(" ")
-    return value.strip() if scheme.lower() == "bearer" else ""
+def _key(headers: Headers) -> str:
+    """The key of a header: a bearer token, or the password of basic authentication, which is what browsers send.
 
-
-def _password(headers: Headers) -> str:
-    """The key where it is the password of basic authentication, which is what browsers ask for and send."""
+    They remember it, and send it for pages of other sites, too: those may not use it.
+    """
     scheme, _, value = headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "basic":
-        return ""
-    try:
-        return base64.b64decode(value, validate=True).decode().partition(":")[2]
-    except ValueError:  # no base64, no ASCII, no UTF-8
-        return ""
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic" and _is_own(headers):
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except ValueError:  # no base64, no ASCII, no UTF-8
+            return ""
+    return ""
 
 
 def _is_own(headers: Headers) -> bool:

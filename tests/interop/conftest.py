@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 pytest.importorskip("fastapi")
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 from aloud import Engine, Runtime
 from aloud.checkpoint.random import write_random
@@ -29,3 +34,19 @@ def served(engine: Engine) -> Iterator[Running]:
     """A server without keys."""
     with serving(engine) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    from interop.driving import ARGUMENTS
+
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("there is no Chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS.split())
+        yield browser
+        browser.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,15 +12,12 @@ import pytest
 
 pytest.importorskip("playwright.sync_api")
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from aloud import Engine
 from aloud.server.settings import Settings
-from interop.driving import ARGUMENTS
 from server.running import Running, asked, serving
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page with")
 KEY = "sk-of-the-page"
 
 SPEAK = """async ([url, key, body]) => {
@@ -73,14 +69,6 @@ def guarded(engine: Engine, sites: list[str]) -> Iterator[Running]:
     """A server with a key, where the first of the sites may ask."""
     with serving(engine, Settings(model="small", keys=(KEY,), origins=(sites[0],))) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS.split())
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

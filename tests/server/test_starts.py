@@ -130,7 +130,7 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     made.close()
 
 
-def test_health_is_answered_while_the_model_is_loaded() -> None:
+def test_health_is_answered_while_the_model_is_loaded(caplog: pytest.LogCaptureFixture) -> None:
     """And so is everything else, with when to come again; what goes wrong with loading is raised in the end."""
     is_asked, ended = threading.Event(), []
 
@@ -167,6 +167,7 @@ def test_health_is_answered_while_the_model_is_loaded() -> None:
         is_asked.set()
         thread.join(30)
     assert ended == ["There is no such model."]
+    assert "Pages cannot send every key with a WebSocket" in caplog.text
 
 
 SLOW = """

@@ -199,7 +199,8 @@ class Model:
             case "audio.delta":
                 assert context.has_started, "bytes before audio.start"
                 # What a format with frames has held back of the turns before comes when the context ends.
-                assert not turn.has_failed or turn.ending == "done"
+                is_held_back = turn.ending == "done" and context.config.format not in ("pcm", "wav")
+                assert is_held_back or not turn.has_failed
                 context.heard += event["data"]
             case "error":
                 assert turn.fails, event

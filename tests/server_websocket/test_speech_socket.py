@@ -268,6 +268,30 @@ def test_a_text_without_words_fails_and_is_still_answered(served: Served) -> Non
         assert (done["type"], done["finish_reason"]) == ("audio.done", "error")
 
 
+@pytest.mark.parametrize("name", ["pcm", "wav", "mp3", "opus", "aac", "flac"])
+def test_what_a_format_holds_back_comes_behind_a_last_turn_without_words(served: Served, name: str) -> None:
+    """It is of the turns before, and all of it was said."""
+    with served.connect() as client:
+        client.send("session.config", response_format=name, max_seconds=0.8)
+        client.receive()
+        client.send("input.text", text=FIRST)
+        client.send("input.flush")
+        spoken = client.until("audio.flushed")
+        client.send("input.text", text="  ")
+        client.send("input.done")
+        assert client.receive()["error"]["code"] == "TextEmpty"
+        behind = client.until("audio.done")
+    holds_back = name not in ("pcm", "wav")
+    assert [event["type"] for event in behind] == [*["audio.delta"] * holds_back, "audio.done"]
+    data = audio(spoken + behind)
+    if name == "pcm":
+        heard = len(data) / 48_000
+    else:
+        with av.open(io.BytesIO(data)) as container:
+            heard = sum(frame.samples / frame.sample_rate for frame in container.decode(audio=0))
+    assert heard == pytest.approx(spoken[-1]["audio_seconds"], abs=0.1)
+
+
 def test_what_fails_in_the_engine_tells_nothing_of_it(
     served: Served, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
