@@ -38,7 +38,7 @@ def served(engine: Engine) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium."""
+    """Headless Chromium, which pip does not install: without one, what needs it is skipped. CI takes no skip here."""
     from playwright.sync_api import sync_playwright
 
     from interop.driving import ARGUMENTS
